@@ -1,0 +1,264 @@
+"""What every script shares: processes and devices, settings as a command line, seeds, logs, EMA and checkpoints.
+
+Only this file touches `torch.distributed`; started by torchrun or by plain python, the scripts are the same.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import inspect
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from argparse import ArgumentParser, BooleanOptionalAction
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
+from tqdm import tqdm
+
+ROOT = Path(__file__).parent
+
+
+# ---- Errors and settings -----------------------------------------------------------------------------------------------------
+
+def fail(message):
+    """End the program with one line that names what is wrong; exit code 1."""
+    sys.exit(f"{Path(sys.argv[0]).name}: error: {message}")
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """Bad input found while a script sets up (ValueError, OSError) ends it with one line instead of a traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        fail(error)
+
+
+class _Parser(ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+
+
+def parse(config, argv=None):
+    """Read a dataclass from the command line: field `save_every` is the flag --save_every, its comment the help text.
+
+    Unknown and abbreviated flags are errors, and so is a value that `config.__post_init__` refuses (ValueError).
+    """
+    notes = dict(re.findall(r"^ +(\w+):.*?#\s*(.*)$", inspect.getsource(config), re.M))
+    parser = _Parser(description=inspect.getdoc(config), allow_abbrev=False)
+    for field in dataclasses.fields(config):
+        how = {"action": BooleanOptionalAction} if field.type is bool else {"type": field.type}
+        note = notes.get(field.name, "").replace("%", "%%")
+        parser.add_argument(f"--{field.name}", default=field.default, help=f"{note} [{field.default}]", **how)
+    try:
+        return config(**vars(parser.parse_args(argv)))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def require_positive(config, *names):
+    """ValueError unless each of these fields of `config` is above zero."""
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise ValueError(f"--{name} must be above 0, got {getattr(config, name)}")
+
+
+# ---- Processes, devices, seeds -----------------------------------------------------------------------------------------------
+
+def setup():
+    """Join the process group if torchrun started us, choose this rank's device, fix numerics. Returns the device."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
+    elif not cuda:
+        torch.set_num_threads(len(os.sched_getaffinity(0)))      # torchrun sets OMP_NUM_THREADS=1; one process owns the machine
+    return device
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def shutdown():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def autocast(device):
+    """bf16 compute over fp32 weights on a GPU; fp32 on a CPU."""
+    return torch.autocast("cuda", torch.bfloat16, enabled=torch.device(device).type == "cuda")
+
+
+def derive(seed, *names):
+    """A 63-bit seed for the stream `names` of `seed`; every use of chance has a stream of its own."""
+    digest = hashlib.sha256(repr((seed, *names)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def generator(seed, *names):
+    return torch.Generator().manual_seed(derive(seed, *names))
+
+
+def reseed(seed, *names):
+    """Seed torch's global state, CPU and GPU: called at each step, so that a resumed run draws what it would have."""
+    torch.manual_seed(derive(seed, *names))
+
+
+def mean_over_ranks(metrics):
+    """Average a dict of scalars over all ranks; every rank must call it with the same keys."""
+    keys = sorted(metrics)
+    values = torch.stack([torch.as_tensor(metrics[k]).detach().double().cpu() for k in keys])
+    if world_size() > 1:
+        values = values.to("cuda") if dist.get_backend() == "nccl" else values
+        dist.all_reduce(values)
+        values = values / world_size()
+    return dict(zip(keys, values.tolist()))
+
+
+# ---- Optimisation ------------------------------------------------------------------------------------------------------------
+
+def descend(optimizer, clip, step_name):
+    """Average gradients over ranks, clip their global norm, step, clear. Returns the norm before clipping.
+
+    A norm that is not finite raises FloatingPointError on every rank and changes no weight.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if world_size() > 1:
+        for p in parameters:
+            dist.all_reduce(p.grad)
+            p.grad /= world_size()
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
+    if not torch.isfinite(norm):
+        raise FloatingPointError(f"the gradient norm of {step_name} is {float(norm)}; no weight was changed")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+class EMA:
+    """Exponential moving average of a module's parameters, in fp32: avg <- decay * avg + (1 - decay) * now."""
+
+    def __init__(self, module, decay):
+        self.decay = decay
+        self.average = {k: v.detach().clone().float() for k, v in module.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, module):
+        now = module.state_dict()
+        torch._foreach_lerp_([*self.average.values()], [now[k].float() for k in self.average], 1 - self.decay)
+
+
+# ---- Run folder: settings, log, checkpoints ----------------------------------------------------------------------------------
+
+def provenance():
+    """Commit and versions, for everything that is written down."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    return {"commit": git.stdout.strip() or "unknown", "torch": torch.__version__, "python": sys.version.split()[0],
+            "device": device, "processes": world_size()}
+
+
+class Run:
+    """A run folder: config.json, log.jsonl (one line per logged step) and checkpoints; rank 0 writes."""
+
+    def __init__(self, out, config):
+        self.folder = Path(out)
+        self.metrics, self.bar, self.begin = {}, None, time.time()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if rank() == 0:
+                settings = {"settings": dataclasses.asdict(config), **provenance()}
+                (self.folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
+        except OSError as error:
+            raise OSError(f"cannot write to --out {out}: {error.strerror}; choose another folder") from None
+
+    def progress(self, start, stop, what):
+        """Iterate over the steps left, with a progress bar on rank 0."""
+        self.bar = tqdm(range(start, stop), initial=start, total=stop, desc=what, disable=rank() > 0, dynamic_ncols=True)
+        self.trim(start)
+        return self.bar
+
+    def trim(self, start):
+        """Forget log lines of steps at or after `start`: they will be made again."""
+        path = self.folder / "log.jsonl"
+        if rank() == 0:
+            lines = path.read_text().splitlines() if path.exists() else []
+            path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] < start))
+
+    def log(self, step, **metrics):
+        """Write one line; all ranks call it."""
+        metrics = mean_over_ranks(metrics)
+        if rank() == 0:
+            line = {"step": step, "seconds": round(time.time() - self.begin, 2), **metrics}
+            with open(self.folder / "log.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+            self.bar.set_postfix({k: f"{v:.3g}" for k, v in metrics.items()})
+
+
+def save_checkpoint(folder, step, modules, optimizers, averages):
+    """Write folder/checkpoint-STEP: weights, optimizers, EMA. It exists completely or not at all; older ones go.
+
+    `modules`, `optimizers` and `averages` are dicts; an optimizer belongs to the module of the same name.
+    """
+    final = Path(folder) / f"checkpoint-{step:08d}"
+    partial = final.with_suffix(".partial")
+    if rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+    _barrier()
+    dcp.save(_state(modules, optimizers, averages), checkpoint_id=partial)
+    _barrier()
+    if rank() == 0:
+        for file in [*partial.iterdir(), partial]:
+            handle = os.open(file, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        for old in sorted(Path(folder).glob("checkpoint-????????"))[:-1]:
+            shutil.rmtree(old)
+    _barrier()
+
+
+def load_checkpoint(folder, modules, optimizers, averages):
+    """Restore the newest checkpoint of `folder` in place; returns its step, or 0 when there is none."""
+    found = sorted(Path(folder).glob("checkpoint-????????"))
+    if not found:
+        return 0
+    state = _state(modules, optimizers, averages)
+    dcp.load(state, checkpoint_id=found[-1])
+    for name, module in modules.items():
+        set_model_state_dict(module, state["modules"][name])
+    for name, optimizer in optimizers.items():
+        set_optimizer_state_dict(modules[name], optimizer, state["optimizers"][name])
+    for name, ema in averages.items():
+        ema.average = state["averages"][name]
+    return int(found[-1].name[-8:])
+
+
+def _state(modules, optimizers, averages):
+    return {"modules": {k: get_model_state_dict(m) for k, m in modules.items()},
+            "optimizers": {k: get_optimizer_state_dict(modules[k], o) for k, o in optimizers.items()},
+            "averages": {k: e.average for k, e in averages.items()}}
+
+
+def _barrier():
+    if dist.is_initialized():
+        dist.barrier()

@@ -1,0 +1,71 @@
+"""Training clips: windows of latents with their labels and caption, the same for any interruption.
+
+The embedded world is rendered as it is needed. A pool of long trajectories lives in memory, is replaced every
+`refresh` steps, and batches are random windows of it; pool and batch are functions of (seed, rank, step) alone.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+import world
+from common import generator, rank
+from control import Condition, Control
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Clips x0 [B, C, T, H, W] with their condition (text and actions of the same T frames)."""
+    x0: torch.Tensor
+    condition: Condition
+
+
+@dataclass(frozen=True)
+class Trips:
+    """Trajectories with exact ground truth: maps [N], states [N, T, 4], actions [N, T] (what happened), blocked [N, T]."""
+    maps: torch.Tensor
+    states: torch.Tensor
+    actions: torch.Tensor
+    blocked: torch.Tensor
+
+    def video(self, device="cpu"):
+        """The exact picture of every frame, uint8 [N, T, H, W, 3]."""
+        N, T = self.states.shape[:2]
+        c2w = world.pose(self.states.to(device)).flatten(0, 1)
+        return world.render(c2w, self.maps.to(device).repeat_interleave(T)).unflatten(0, (N, T))
+
+
+class WorldStream:
+    """Windows of the embedded world, rendered live."""
+
+    def __init__(self, codec, seed, pool=256, length=48, refresh=200, split="train"):
+        """`pool` trajectories of `length` frames live for `refresh` steps; splits never share a trajectory."""
+        if length < 2 or pool < 1 or refresh < 1:
+            raise ValueError(f"a pool needs trajectories (got {pool}) of 2 frames or more (got {length}) "
+                             f"and at least one step of life (got {refresh})")
+        self.codec, self.seed, self.split = codec, seed, split
+        self.pool, self.length, self.refresh, self.loaded = pool, length, refresh, None
+        self.captions = codec.text(world.CAPTIONS)
+
+    def load(self, number):
+        """Render and encode pool `number`, in pieces that bound the memory of the pixels."""
+        trips = world.explore(self.pool, self.length, generator(self.seed, self.split, "pool", rank(), number))
+        device = self.codec.device
+        self.latents = torch.cat([self.codec.encode(Trips(*(x[i:i + 64] for x in trips)).video(device))
+                                  for i in range(0, self.pool, 64)])                    # [N, C, length, H, W]
+        self.actions, self.maps = trips[2].to(device), trips[0].to(device)
+        self.loaded = number
+
+    def batch(self, step, size, frames):
+        """The batch of `size` clips of `frames` latent frames that belongs to `step`."""
+        if frames > self.length:
+            raise ValueError(f"clips of {frames} frames do not fit trajectories of {self.length}")
+        if self.loaded != step // self.refresh:
+            self.load(step // self.refresh)
+        g = generator(self.seed, self.split, "batch", rank(), step)
+        trip = torch.randint(self.pool, (size,), generator=g).to(self.codec.device)
+        start = torch.randint(self.length - frames + 1, (size,), generator=g).to(self.codec.device)
+        index = start[:, None] + torch.arange(frames, device=self.codec.device)         # [B, T]
+        x0 = self.latents[trip[:, None], :, index].transpose(1, 2)                      # [B, C, T, H, W]
+        text = {key: value[self.maps[trip]] for key, value in self.captions.items()}
+        return Batch(x0.contiguous(), Condition(text, Control(self.actions[trip[:, None], index])))

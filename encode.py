@@ -1,0 +1,108 @@
+"""Frozen codecs: video <-> latents, prompt -> text states. Nothing here is trained.
+
+The embedded world's codec is one fixed orthonormal matrix: an 8x8 block DCT (Ahmed, Natarajan, Rao 1974) in an orthonormal
+luma / chroma space, of which the lowest frequencies are kept. It needs no weights and no download.
+"""
+
+import math
+
+import torch
+from einops import rearrange
+
+import world
+from common import generator
+
+BLOCK = 8                                       # pixels per latent, both ways
+KEEP = (16, 4, 4)                               # coefficients kept of luma, blue-yellow, red-green: 24 channels
+# Standard deviation of each kept coefficient over the world's frames (pixels in [-1, 1]); `python encode.py` measures them.
+DEVIATION = (4.1295, 0.8595, 1.1291, 0.405, 0.4616, 0.6594, 0.2238, 0.3071, 0.2915, 0.4284, 0.1742, 0.1477, 0.2384, 0.2056, 0.3042, 0.1132,
+             2.6759, 0.3364, 0.4798, 0.1498, 1.9721, 0.283, 0.3457, 0.1134)
+GAIN = 1.2085                                     # brings the latents' mean variance to 1
+
+
+def dct_matrix(n):
+    """Orthonormal DCT-II, rows are frequencies."""
+    k, i = torch.arange(n).double()[:, None], torch.arange(n).double()[None]
+    basis = torch.cos(math.pi * (i + 0.5) * k / n) * math.sqrt(2 / n)
+    basis[0] /= math.sqrt(2)
+    return basis
+
+
+def basis():
+    """Orthonormal [3 * BLOCK^2, channels]: from a block of pixels (colour, row, column) to its kept coefficients."""
+    colours = torch.tensor([[1, 1, 1], [-1, -1, 2], [1, -1, 0]], dtype=torch.float64)   # luma, blue-yellow, red-green
+    colours = colours / colours.norm(dim=1, keepdim=True)
+    d = dct_matrix(BLOCK)
+    waves = torch.einsum("ui,vj->uvij", d, d)                                           # [u, v, row, column]
+    order = sorted(((u, v) for u in range(BLOCK) for v in range(BLOCK)), key=lambda w: (w[0] + w[1], max(w), w))
+    columns = [torch.einsum("c,ij->cij", colour, waves[u, v]).flatten()
+               for colour, keep in zip(colours, KEEP) for u, v in order[:keep]]
+    return torch.stack(columns, 1)
+
+
+class TinyCodec:
+    """Codec of the embedded world: uint8 video [B, T, H, W, 3] <-> latents [B, 24, T, H/8, W/8], one latent per frame."""
+
+    channels = sum(KEEP)
+
+    def __init__(self, device="cpu"):
+        # Divided by the root of the deviation: by the deviation itself, high frequencies would own the loss.
+        scale = GAIN / torch.tensor(DEVIATION, dtype=torch.float64).sqrt()
+        self.analysis = (basis() * scale).float().to(device)                            # [192, 24]
+        self.synthesis = (basis() / scale).T.float().to(device)                         # [24, 192]
+        self.words = {word: i for i, word in enumerate(world.WORDS)}
+        self.vectors = torch.randn(len(self.words), 64, generator=generator(0, "word vectors"))
+        self.device = device
+
+    def encode(self, video):
+        """uint8 [B, T, H, W, 3] -> float32 latents [B, C, T, H/8, W/8]."""
+        if video.dtype != torch.uint8 or video.ndim != 5 or video.shape[-1] != 3 or video.shape[2] % 8 or video.shape[3] % 8:
+            raise ValueError("the tiny codec takes uint8 video [B, T, H, W, 3] with H and W divisible by 8, "
+                             f"got {video.dtype} {list(video.shape)}")
+        x = video.to(self.device).float() / 127.5 - 1
+        blocks = rearrange(x, "b t (h i) (w j) c -> b t h w (c i j)", i=BLOCK, j=BLOCK)
+        return rearrange(blocks @ self.analysis, "b t h w c -> b c t h w").contiguous()
+
+    def decode(self, latents):
+        """Latents [B, C, T, h, w] -> uint8 video [B, T, 8h, 8w, 3] on the CPU."""
+        blocks = rearrange(latents.float(), "b c t h w -> b t h w c") @ self.synthesis
+        x = rearrange(blocks, "b t h w (c i j) -> b t (h i) (w j) c", c=3, i=BLOCK, j=BLOCK)
+        return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+
+    def text(self, prompts):
+        """Prompts -> {"text": [B, 16, 64]}: a fixed random vector per word; the empty prompt is all zeros."""
+        states = torch.zeros(len(prompts), 16, 64)
+        for row, prompt in zip(states, prompts):
+            words = prompt.lower().split()
+            for word in words:
+                if word not in self.words:
+                    raise ValueError(f"the tiny world does not know the word '{word}'; it knows {', '.join(self.words)}")
+            if len(words) > len(row):
+                raise ValueError(f"a prompt has at most {len(row)} words, '{prompt}' has {len(words)}")
+            for i, word in enumerate(words):
+                row[i] = self.vectors[self.words[word]]
+        return {"text": states.to(self.device)}
+
+
+def codec(name, device="cpu"):
+    """The codec of a backbone."""
+    if name not in ("tiny", "small"):
+        raise ValueError(f"backbone {name} has no codec yet; tiny and small have one")
+    return TinyCodec(device)
+
+
+def measure(frames=2048):
+    """Deviations and gain of the tiny codec from explored frames, and its PSNR: the constants above."""
+    maps, states, _, _ = world.explore(frames // 8, 8, generator(0, "codec"))
+    video = world.render(world.pose(states), maps[:, None])
+    blocks = rearrange(video.double() / 127.5 - 1, "b t (h i) (w j) c -> (b t h w) (c i j)", i=BLOCK, j=BLOCK)
+    coefficients = blocks @ basis()
+    deviation = coefficients.std(0)
+    gain = 1 / deviation.mean().sqrt()                      # mean over channels of (gain^2 / deviation) deviation^2 = 1
+    error = ((coefficients @ basis().T).clamp(-1, 1) - blocks).square().reshape(frames, -1).mean(1)
+    psnr = (10 * torch.log10(4 / error)).mean()
+    return [round(d, 4) for d in deviation.tolist()], round(float(gain), 4), float(psnr)
+
+
+if __name__ == "__main__":
+    print("DEVIATION = {}\nGAIN = {}\nPSNR {:.2f} dB".format(*measure()))

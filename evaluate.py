@@ -1,0 +1,290 @@
+"""Quality against the exact world: does the dream obey the keys, look like the world, and follow the truth?
+
+An inverse-dynamics probe, trained on real frames only, reads the motion out of generated ones. All figures are means over
+held-out trajectories with 95 % bootstrap intervals.
+
+    python evaluate.py --student runs/stage2/student.safetensors          # teacher 50 and 4 steps, student 4 steps
+    python evaluate.py --train_probe 6000                                 # makes assets/probe.safetensors
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm import tqdm
+
+import world
+from common import autocast, generator, one_line_errors, parse, provenance, require_positive, setup
+from control import Condition, Control
+from data import Trips
+from encode import codec
+from flow import schedule
+from model import ASSETS, load
+from rollout import few_step, guided, ode, rollout, velocity_of
+
+START, HORIZON = 4, 32                          # real frames a sequence begins with, frames generated after them
+SECOND = world.FPS
+
+
+# ---- The probe ---------------------------------------------------------------------------------------------------------------
+
+class Probe(nn.Module):
+    """Inverse dynamics: two successive frames -> logits of the translation (9) and the rotation (9) between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.early = nn.Sequential(nn.Conv2d(9, 48, 5, 2, 2), nn.GELU(), nn.Conv2d(48, 64, 3, 2, 1), nn.GELU())
+        self.late = nn.Sequential(nn.Conv2d(64, 96, 3, 2, 1), nn.GELU(), nn.Conv2d(96, 96, 3, 1, 1), nn.GELU(),
+                                  nn.Conv2d(96, 128, 3, 2, 1), nn.GELU(), nn.Flatten(), nn.Linear(128 * 24, 256), nn.GELU())
+        self.head = nn.Linear(256, 18)
+
+    def forward(self, video):
+        """uint8 [B, T, H, W, 3] -> logits [B, T-1, 2, 9] and early features [B, T-1, 128]."""
+        x = video.permute(0, 1, 4, 2, 3).float() / 127.5 - 1                            # [B, T, 3, H, W]
+        pair = torch.cat([x[:, :-1], x[:, 1:], x[:, 1:] - x[:, :-1]], 2)                # [B, T-1, 9, H, W]
+        early = self.early(pair.flatten(0, 1))                                          # [B*(T-1), 64, H/4, W/4]
+        logits = self.head(self.late(early)).reshape(*pair.shape[:2], 2, 9)
+        features = torch.cat([early.mean((2, 3)), early.std((2, 3))], 1).reshape(*pair.shape[:2], -1)
+        return logits, features
+
+    @torch.no_grad()
+    def read(self, video, chunk=64):
+        """Predicted classes [B, T-1, 2] and features [B, T-1, 128] of a long video, in pieces."""
+        device = self.head.weight.device
+        out = [self(piece.to(device)) for piece in video.split(chunk)]
+        return torch.cat([l.argmax(-1).cpu() for l, _ in out]), torch.cat([f.double().cpu() for _, f in out])
+
+
+def train_probe(steps, path, device, batch=512, length=8):
+    """Train on real pairs, half of them through the codec; returns accuracy on held-out real video."""
+    torch.manual_seed(0)
+    probe, coder = Probe().to(device), codec("tiny", device)
+    optimizer = torch.optim.AdamW(probe.parameters(), 1e-3, weight_decay=0.01)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=0.05)
+    for step in tqdm(range(steps), desc="probe"):
+        if step % 250 == 0:
+            trips = Trips(*world.explore(min(2048, steps * batch // length), length, generator(step, "probe")))
+            real = torch.cat([Trips(*(x[i:i + 256] for x in trips.__dict__.values())).video(device)
+                              for i in range(0, len(trips.maps), 256)])
+            coded = torch.cat([coder.decode(coder.encode(piece)).to(device) for piece in real.split(256)])
+        pick = torch.randint(len(real), (batch // 4,), device=device)
+        at = torch.randint(length - 2, (1,)).item()
+        source = coded if step % 2 else real
+        logits, _ = probe(source[pick, at:at + 3])
+        truth = trips.actions.to(device)[pick, at + 1:at + 3]                           # [B, 2]
+        loss = F.cross_entropy(logits[:, :, 0].flatten(0, 1), (truth // 9).flatten())
+        loss = loss + F.cross_entropy(logits[:, :, 1].flatten(0, 1), (truth % 9).flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        rate.step()
+    save_file({k: v.cpu() for k, v in probe.state_dict().items()}, path)
+    return probe
+
+
+def load_probe(device, path=ASSETS / "probe.safetensors"):
+    if not Path(path).exists():
+        raise OSError(f"{path} is missing; python evaluate.py --train_probe 6000 makes it")
+    probe = Probe().to(device)
+    probe.load_state_dict(load_file(path), strict=True)
+    return probe.eval()
+
+
+# ---- Sequences and samplers --------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Sampler:
+    """How a network is rolled out: `steps` a chunk, guidance, Euler ODE (a teacher) or few-step renoising (a student)."""
+    name: str
+    model: nn.Module
+    steps: int
+    guidance: float
+    ode: bool
+
+
+def held_out(clips, seed, horizon=HORIZON):
+    """Trajectories [clips, START + horizon] that no training stream contains."""
+    return Trips(*world.explore(clips, START + horizon, generator(seed, "held-out")))
+
+
+@torch.no_grad()
+def dream(sampler, coder, trips, video, seed, piece=128):
+    """Generate the frames after the START real ones of `video`. Returns uint8 [N, T, H, W, 3] and milliseconds a chunk."""
+    spec, captions, out, spent = sampler.model.spec, coder.text(world.CAPTIONS), [], 0.0
+    velocity = guided(velocity_of(sampler.model), sampler.guidance, coder.text([spec.negative]))
+    random = generator(seed, "dream")
+    for i in tqdm(range(0, len(video), piece), desc=sampler.name, leave=False):
+        maps, actions = trips.maps[i:i + piece].to(coder.device), trips.actions[i:i + piece].to(coder.device)
+        condition = Condition({k: v[maps] for k, v in captions.items()}, Control(actions))
+        prefix = coder.encode(video[i:i + piece, :START])
+        begin = time.perf_counter()
+        x = rollout(velocity, condition, prefix, actions.shape[1], schedule(sampler.steps, spec.shift), spec.chunk,
+                    spec.window, lambda shape: torch.randn(shape, generator=random).to(coder.device),
+                    ode if sampler.ode else few_step)
+        out.append(coder.decode(x))                                                     # on the CPU: the GPU has finished
+        spent += time.perf_counter() - begin
+    chunks = (video.shape[1] - START) / spec.chunk
+    return torch.cat(out), 1000 * spent / chunks / len(video)
+
+
+# ---- Metrics: one number or tensor per sequence, so that intervals come from resampling sequences -----------------------------------
+
+def psnr(a, b):
+    """[N, T] peak signal-to-noise ratio in dB of uint8 videos."""
+    error = (a.double() - b.double()).square().mean((2, 3, 4)).clamp_min(1e-3)
+    return 10 * torch.log10(255 ** 2 / error)
+
+
+def gradient(video):
+    """[N, T] mean absolute spatial gradient: sharpness."""
+    x = video.float()
+    return (x[:, :, 1:] - x[:, :, :-1]).abs().mean((2, 3, 4)) + (x[:, :, :, 1:] - x[:, :, :, :-1]).abs().mean((2, 3, 4))
+
+
+def change(video):
+    """[N, T-1] mean absolute difference of successive frames: motion."""
+    return (video[:, 1:].float() - video[:, :-1].float()).abs().mean((2, 3, 4))
+
+
+def frechet(a, b):
+    """Frechet distance between Gaussian fits of features [n, d] (FID, arXiv:1706.08500), float64."""
+    (ma, ca), (mb, cb) = ((x.mean(0), torch.cov(x.T)) for x in (a, b))
+    values, vectors = torch.linalg.eigh(ca)
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T                             # symmetric square root of ca
+    cross = torch.linalg.eigvalsh(root @ cb @ root).clamp_min(0).sqrt().sum()
+    return float((ma - mb).square().sum() + ca.trace() + cb.trace() - 2 * cross)
+
+
+def bootstrap(figure, count, draws=200):
+    """`figure(index)` on all `count` sequences, and its 95 % interval over resampled ones: [value, low, high]."""
+    g = torch.Generator().manual_seed(0)
+    values = torch.tensor([figure(torch.randint(count, (count,), generator=g)) for _ in range(draws)]).double()
+    low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return [figure(torch.arange(count)), low, high]
+
+
+def measure(video, truth, trips, probe):
+    """Figures {name: [value, low, high]} of generated `video` against the exact `truth`, both uint8 [N, START + T, H, W, 3]."""
+    N, second = len(video), slice(START - 1, START - 1 + SECOND)                        # motions of the first second
+    read, features = probe.read(video)
+    _, real_features = probe.read(truth)
+    wanted, free = trips.actions[:, 1:], ~trips.blocked[:, 1:]
+    right = torch.stack([read[..., 0] == wanted // 9, read[..., 1] == wanted % 9], -1)  # [N, T-1, 2]
+
+    figures = {}
+    for name, frames in (("1s", second), ("all", slice(START - 1, None))):
+        ok, use = right[:, frames].double(), free[:, frames].double()
+        for axis, got in (("translation", ok[..., 0]), ("rotation", ok[..., 1]), ("both", ok.prod(-1))):
+            figures[f"{axis} {name}"] = lambda i, got=got, use=use: 100 * float((got[i] * use[i]).sum() / use[i].sum())
+            if name == "all":
+                figures[f"{axis} with blocked"] = lambda i, got=got: 100 * float(got[i].mean())
+
+    near = slice(START - 1 + SECOND // 2, START - 1 + SECOND)                           # 0.5 to 1 s after the start
+    a, b = features[:, near], real_features[:, near]
+    figures["frechet"] = lambda i: frechet(a[i].flatten(0, 1), b[i].flatten(0, 1))
+    for name, f in (("sharpness", gradient), ("motion", change)):
+        x, y = f(video)[:, START - 1:], f(truth)[:, START - 1:]
+        figures[name] = lambda i, x=x, y=y: float(x[i].mean() / y[i].mean())
+    quality = psnr(video, truth)
+    for seconds in (0.5, 1, 2, 4):
+        frame = START - 1 + int(seconds * SECOND)
+        if frame < video.shape[1]:
+            figures[f"psnr {seconds}s"] = lambda i, frame=frame: float(quality[i, frame].mean())
+    moved, true = change(video), change(truth)
+    border = torch.arange(START - 1, video.shape[1] - 1, 4)                             # into the first frame of a chunk
+    inside = torch.tensor([t for t in range(START - 1, video.shape[1] - 1) if (t - START + 1) % 4])
+    figures["seam"] = lambda i: float((moved[i][:, border].mean() / true[i][:, border].mean())
+                                      / (moved[i][:, inside].mean() / true[i][:, inside].mean()))
+    return {name: bootstrap(figure, N) for name, figure in figures.items()}
+
+
+def still(sampler, coder, clips, seed):
+    """PSNR in dB over one second of standing still, against the codec's reconstruction of the start."""
+    trips = held_out(clips, seed, 0)
+    trips = Trips(trips.maps, trips.states[:, -1:].expand(-1, START + SECOND, -1),
+                  torch.zeros(clips, START + SECOND, dtype=torch.long), torch.zeros(clips, START + SECOND, dtype=torch.bool))
+    video = trips.video()
+    quality = psnr(dream(sampler, coder, trips, video, seed)[0], coder.decode(coder.encode(video)))[:, START:].mean(1)
+    return bootstrap(lambda i: float(quality[i].mean()), clips)
+
+
+def evaluate(samplers, clips, seed, device, piece=128):
+    """Every sampler on the same held-out sequences. Returns {sampler: {figure: [value, low, high]}}; "real" is the probe's ceiling."""
+    coder, probe = codec(samplers[0].model.spec.name, device), load_probe(device)
+    trips = held_out(clips, seed)
+    truth = trips.video(device).cpu()
+    coded = coder.decode(coder.encode(truth))
+    results, videos = {"real video": measure(coded, coded, trips, probe)}, {"truth": truth}
+    copy = torch.cat([coded[:, :START], coded[:, START - 1:START].expand(-1, HORIZON, -1, -1, -1)], 1)
+    results["copy the last frame"] = measure(copy, coded, trips, probe)
+    for sampler in samplers:
+        videos[sampler.name], ms = dream(sampler, coder, trips, truth, seed, piece)
+        results[sampler.name] = {**measure(videos[sampler.name], coded, trips, probe), "ms a chunk": [ms, ms, ms],
+                                 "still": still(sampler, coder, min(clips, 64), seed)}
+    return results, videos, trips
+
+
+COLUMNS = ("translation 1s", "rotation 1s", "both 1s", "both all", "frechet", "sharpness", "motion", "seam",
+           "psnr 0.5s", "psnr 1s", "psnr 2s", "psnr 4s", "still", "ms a chunk")
+
+
+def table(results):
+    """Markdown: a row per sampler, value and half-width of the 95 % interval."""
+    def cell(figure):
+        value, low, high = figure
+        return f"{value:.3g} ±{(high - low) / 2:.2g}" if high > low else f"{value:.3g}"
+    rows = [" | ".join([name, *(cell(row[c]) if c in row else "-" for c in COLUMNS)]) for name, row in results.items()]
+    return "\n".join(["| sampler | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|",
+                      *(f"| {row} |" for row in rows)])
+
+
+@dataclass(frozen=True)
+class Config:
+    """Teacher and student against the exact world, with 95 % intervals."""
+    backbone: str = "tiny"      # a preset with the tiny codec
+    teacher: str = ""           # stage-1 weights; empty: the shipped teacher
+    student: str = ""           # stage-2 weights; empty: the shipped student
+    clips: int = 256            # held-out sequences per seed
+    seeds: int = 1              # number of seeds, each with its own sequences
+    teacher_steps: int = 50     # denoising steps of the guided teacher
+    guidance: float = 0.0       # of the teacher; 0: the preset's
+    out: str = ""               # write the figures as JSON
+    train_probe: int = 0        # train assets/probe.safetensors for so many steps first
+
+    def __post_init__(self):
+        require_positive(self, "clips", "seeds", "teacher_steps")
+
+
+def samplers_of(teacher, student, steps, guidance):
+    """The three rows every comparison has; the teacher at 4 steps is unguided: the student's cost."""
+    rows = [Sampler(f"teacher, {steps} steps, guided", teacher, steps, guidance, True),
+            Sampler("teacher, 4 steps", teacher, 4, 1.0, True)]
+    return rows + ([Sampler("student, 4 steps", student, 4, 1.0, False)] if student is not None else [])
+
+
+def main(cfg):
+    device = setup()
+    with one_line_errors():
+        if cfg.train_probe:
+            train_probe(cfg.train_probe, ASSETS / "probe.safetensors", device)
+        load_probe(device)
+        teacher = load(cfg.backbone, cfg.teacher, device)
+        shipped = ASSETS / f"{cfg.backbone}-student.safetensors"
+        student = load(cfg.backbone, cfg.student or shipped, device) if cfg.student or shipped.exists() else None
+    guidance = cfg.guidance or teacher.spec.guidance
+    report = {"settings": vars(cfg), **provenance(), "seeds": []}
+    for seed in range(1000, 1000 + cfg.seeds):
+        results, _, _ = evaluate(samplers_of(teacher, student, cfg.teacher_steps, guidance), cfg.clips, seed, device)
+        report["seeds"].append(results)
+        print(f"\nseed {seed}, {cfg.clips} held-out sequences\n{table(results)}")
+        if cfg.out:
+            Path(cfg.out).write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(parse(Config))

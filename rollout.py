@@ -1,0 +1,236 @@
+"""Chunked bidirectional rollout: the same loop for training, for evaluation and for playing.
+
+A chunk of K latent frames is denoised with the clean history in front of it at sigma 0, under full bidirectional
+attention over both (BiWM, arXiv:2606.10135); then it becomes history. Nothing is cached, because the history's
+features depend on the noisy chunk.
+
+    python rollout.py --actions "w-8, right-12, w+left-8" --out walk.mp4
+"""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+import world
+from common import autocast, fail, generator, one_line_errors, parse, setup
+from control import Condition, Control, check_actions, keys_from_label, parse_actions
+from encode import codec
+from flow import add_noise, euler, guide, schedule, velocity_to_x0
+from model import ASSETS, load
+
+
+def velocity_of(model):
+    """A backbone as the callable (x_t, sigma, condition) -> v that losses and samplers take."""
+    device = next(model.parameters()).device
+
+    def velocity(x, sigma, condition):
+        with autocast(device):
+            return model(x, sigma, condition.text, condition.control)
+    return velocity
+
+
+def guided(velocity, scale, null_text):
+    """The same callable under classifier-free guidance; a scale of 1 costs nothing."""
+    if scale == 1:
+        return velocity
+
+    def both(x, sigma, condition):
+        return guide(velocity(x, sigma, condition), velocity(x, sigma, condition.null(null_text)), scale)
+    return both
+
+
+# ---- One chunk ---------------------------------------------------------------------------------------------------------------
+
+def chunk_velocity(velocity, history, x, sigma, condition):
+    """Velocity of the noisy chunk `x` [B, C, K, H, W] at level `sigma` behind clean `history` [B, C, n, H, W]."""
+    n = history.shape[2]
+    levels = torch.zeros(x.shape[0], n + x.shape[2], device=x.device)
+    levels[:, n:] = sigma
+    return velocity(torch.cat([history, x], 2), levels, condition)[:, :, n:].float()
+
+
+def few_step(velocity, history, shape, sigmas, condition, noise, grad_step=None):
+    """Few-step generator: predict x0, renoise to the next level, repeat. Returns (sample, finished), [B, C, K, H, W].
+
+    Without `grad_step` both are the result of all steps. With it, `sample` is the x0 predicted at that step, the only one
+    that builds a graph (Self Forcing, arXiv:2506.08009); the remaining steps run without, and `finished`, detached, is
+    what the next chunk sees: the history that inference would have.
+    """
+    x, sample, outer = noise(shape), None, torch.is_grad_enabled()
+    for i, sigma in enumerate(sigmas[:-1]):
+        with torch.set_grad_enabled(outer and i == grad_step):
+            x0 = velocity_to_x0(chunk_velocity(velocity, history, x, sigma, condition), x, sigma)
+        sample = x0 if i == grad_step else sample
+        x = add_noise(x0.detach(), noise(shape), sigmas[i + 1]) if sigmas[i + 1] > 0 else x0.detach()
+    return (x if sample is None else sample), x
+
+
+def ode(velocity, history, shape, sigmas, condition, noise):
+    """Euler sampler of the probability-flow ODE: the teacher's. Returns (result, result), as `few_step`."""
+    x = noise(shape)
+    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:]):
+        x = euler(x, chunk_velocity(velocity, history, x, sigma, condition), sigma, sigma_next)
+    return x, x
+
+
+# ---- Many chunks -------------------------------------------------------------------------------------------------------------
+
+def rollout(velocity, condition, prefix, frames, sigmas, chunk, window, noise, sampler=few_step, **options):
+    """Extend the clean `prefix` [B, C, n, H, W] (n may be 0) to `frames` latent frames, `chunk` at a time.
+
+    Each chunk sees the latest `window - chunk` clean frames. The condition covers all `frames`; a chunk is told only the
+    labels of its own window, so later actions cannot change earlier chunks. Gradient never flows through history.
+    Returns [B, C, frames, H, W]; `options` go to the sampler.
+    """
+    B, C, n, H, W = prefix.shape
+    clean, samples = prefix, [prefix]
+    while n < frames:
+        K = min(chunk, frames - n)
+        start = max(0, n - (window - chunk))
+        sample, finished = sampler(velocity, clean[:, :, start:], (B, C, K, H, W), sigmas,
+                                   condition.frames(start, n + K), noise, **options)
+        clean, n = torch.cat([clean, finished], 2), n + K                               # [B, C, n, H, W]
+        samples.append(sample)
+    return torch.cat(samples, 2)
+
+
+# ---- A world to play in ------------------------------------------------------------------------------------------------------
+
+class WorldModel:
+    """The one interface for a person, an agent and a metric: `reset`, then `step(actions)`. Same seed, same frames.
+
+    `steps` few-step denoising by a student, or the teacher's ODE with `guidance` when `ode` is true.
+    """
+
+    def __init__(self, model, steps=4, guidance=1.0, use_ode=False):
+        self.spec, self.device = model.spec, next(model.parameters()).device
+        self.codec = codec(model.spec.name, self.device)
+        self.velocity = guided(velocity_of(model), guidance, self.codec.text([model.spec.negative]))
+        self.sigmas, self.sampler = schedule(steps, model.spec.shift), ode if use_ode else few_step
+
+    def reset(self, prompt=None, first=None, seed=0, actions=None):
+        """Begin at the frames `first` (uint8 [F, H, W, 3]; labels `actions` [F], default still) or, without, dream a start.
+
+        Returns the start as uint8 [F, H, W, 3].
+        """
+        self.random = generator(seed, "play")
+        self.text = self.codec.text([prompt or ""])
+        H, W = (n // s for n, s in zip(self.spec.size[1:], self.spec.stride[1:]))
+        self.latents = torch.zeros(1, self.spec.channels, 0, H, W, device=self.device)
+        self.actions = torch.zeros(1, 0, dtype=torch.long)
+        if first is None:
+            return self.step([0] * self.spec.chunk)
+        self.latents = self.codec.encode(torch.as_tensor(first)[None])
+        if self.latents.shape[3:] != (H, W):
+            raise ValueError(f"start frames are {self.spec.size[1]}x{self.spec.size[2]}, got {list(first.shape[1:3])}")
+        count = self.latents.shape[2]
+        self.actions = torch.zeros(1, count, dtype=torch.long) if actions is None else check_actions(actions)[None]
+        if self.actions.shape[1] != count:
+            raise ValueError(f"{count} start frames need {count} labels, got {self.actions.shape[1]}")
+        return self.codec.decode(self.latents)[0]
+
+    @torch.no_grad()
+    def step(self, actions):
+        """Live through `actions` [T] (labels 0..80), one frame each; returns uint8 [T, H, W, 3]."""
+        actions = check_actions(actions).reshape(1, -1)
+        if not actions.shape[1]:
+            raise ValueError("step needs at least one action")
+        self.actions = torch.cat([self.actions, actions], 1)
+        past, frames = self.latents.shape[2], self.latents.shape[2] + actions.shape[1]
+        condition = Condition(self.text, Control(self.actions.to(self.device)))
+        self.latents = rollout(self.velocity, condition, self.latents, frames, self.sigmas, self.spec.chunk,
+                               self.spec.window, self.noise, self.sampler)
+        fresh = self.codec.decode(self.latents[:, :, past:])[0]
+        keep = self.spec.window                                 # nothing older is ever looked at again
+        self.latents, self.actions = self.latents[:, :, -keep:], self.actions[:, -keep:]
+        return fresh
+
+    def noise(self, shape):
+        return torch.randn(shape, generator=self.random).to(self.device)
+
+
+# ---- Pictures ----------------------------------------------------------------------------------------------------------------
+
+KEY_PLACES = {"w": (1, 0), "a": (0, 1), "s": (1, 1), "d": (2, 1),       # column, row of a key on the overlay
+              "up": (5, 0), "left": (4, 1), "down": (5, 1), "right": (6, 1)}
+ARROWS = {"up": ((.5, .25), (.2, .7), (.8, .7)), "down": ((.5, .75), (.2, .3), (.8, .3)),
+          "left": ((.25, .5), (.7, .2), (.7, .8)), "right": ((.75, .5), (.3, .2), (.3, .8))}
+
+
+def draw_keys(frames, actions, scale=4, titles=()):
+    """Enlarge uint8 frames [T, H, W, 3] by `scale`, with the pressed keys and, side by side, `titles` on top."""
+    out, key = [], 5 * scale
+    for frame, action in zip(frames, actions):
+        picture = Image.fromarray(np.asarray(frame)).resize((frame.shape[1] * scale, frame.shape[0] * scale), Image.NEAREST)
+        draw, pressed = ImageDraw.Draw(picture, "RGBA"), keys_from_label(int(action))
+        for name, (column, row) in KEY_PLACES.items():
+            x, y = scale + column * key, picture.height - (3 - row) * key + 3 * scale
+            down = name in pressed
+            draw.rectangle((x, y, x + key - 3, y + key - 3), (255, 255, 255, 230) if down else (0, 0, 0, 70), (255, 255, 255, 160))
+            ink = (20, 20, 20, 255) if down else (255, 255, 255, 200)
+            if name in ARROWS:
+                draw.polygon([(x + u * (key - 3), y + v * (key - 3)) for u, v in ARROWS[name]], ink)
+            else:
+                draw.text((x + key / 2 - 1, y + key / 2 - 1), name.upper(), ink, anchor="mm")
+        for i, title in enumerate(titles):
+            draw.text((picture.width * i // len(titles) + 2 * scale, scale), title, (255, 255, 255, 255), stroke_width=1, stroke_fill=(0, 0, 0))
+        out.append(np.asarray(picture))
+    return np.stack(out)
+
+
+def write_video(path, frames, fps):
+    """uint8 [T, H, W, 3] -> mp4 or gif, by the suffix of `path`."""
+    import imageio.v3 as iio
+    if Path(path).suffix == ".gif":
+        iio.imwrite(path, frames, duration=1000 / fps, loop=0)
+    else:
+        iio.imwrite(path, frames, fps=fps, codec="libx264", macro_block_size=8, output_params=["-crf", "18"])
+
+
+@dataclass(frozen=True)
+class Config:
+    """Drive a world model with an action string and write what it sees."""
+    actions: str = "w-8, right-12, w+left-8"    # such as "w-8, w+right-12, 38-4"; counts are latent frames
+    out: str = "walk.mp4"                       # .mp4 or .gif
+    backbone: str = "tiny"                      # a preset of model.py
+    weights: str = ""                           # safetensors of a student or teacher; empty: the shipped student
+    prompt: str = ""                            # caption; empty: that of --map
+    map: int = 0                                # start in this map of the embedded world (0..3)
+    start: str = "frame"                        # frame: one exact view (i2v); clip: four (v2v); dream: none (t2v)
+    steps: int = 4                              # denoising steps a chunk
+    guidance: float = 1.0                       # of the teacher; a student needs none
+    ode: bool = False                           # the teacher's Euler sampler instead of the student's
+    seed: int = 0                               # start place and noise
+
+    def __post_init__(self):
+        if self.start not in ("frame", "clip", "dream"):
+            raise ValueError(f"--start is frame, clip or dream, got '{self.start}'")
+        if Path(self.out).suffix not in (".mp4", ".gif"):
+            raise ValueError(f"--out ends in .mp4 or .gif, got '{self.out}'")
+        if self.steps < 1:
+            raise ValueError(f"--steps must be above 0, got {self.steps}")
+
+
+def main(cfg):
+    device = setup()
+    with one_line_errors():
+        labels = parse_actions(cfg.actions)
+        shipped = ASSETS / f"{cfg.backbone}-student.safetensors"
+        model = WorldModel(load(cfg.backbone, cfg.weights or shipped, device), cfg.steps, cfg.guidance, cfg.ode)
+        place = world.World(cfg.map)
+        place.reset(seed=cfg.seed)
+        first = None if cfg.start == "dream" else place.step([0] * (4 if cfg.start == "clip" else 1))
+        frames = [model.reset(cfg.prompt or world.CAPTIONS[cfg.map], first, cfg.seed)]
+        Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
+    frames.append(model.step(labels[1:]))
+    keys = [0] * len(frames[0]) + labels[1:].tolist()
+    write_video(cfg.out, draw_keys(torch.cat(frames), keys), model.spec.fps)
+    print(f"{cfg.out}: {len(keys)} frames, {len(keys) / model.spec.fps:.1f} s")
+
+
+if __name__ == "__main__":
+    main(parse(Config))

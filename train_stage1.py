@@ -1,0 +1,141 @@
+"""Stage 1: a bidirectional video diffusion transformer learns to be controlled (BiWM, arXiv:2606.10135).
+
+Flow matching on clips whose first n frames stay clean at sigma 0 (n = 0 text-, 1 image-, more video-to-video), with the
+action of every frame, and caption and actions dropped now and then so that the teacher can be guided.
+
+    torchrun train_stage1.py --steps 20                                  # anywhere
+    torchrun train_stage1.py --steps 24000 --batch 256 --compile         # the shipped teacher, one GPU
+"""
+
+import math
+import random
+from dataclasses import dataclass
+
+import torch
+
+from common import (EMA, Run, autocast, derive, descend, load_checkpoint, one_line_errors, parse, provenance, rank,
+                    require_positive, reseed, save_checkpoint, setup, shutdown)
+from control import NO_ACTION, Condition, Control
+from data import WorldStream
+from encode import codec
+from flow import add_noise, draw_sigma, flow_loss
+from model import PRESETS, build, load, save
+
+
+@dataclass(frozen=True)
+class Config:
+    """Stage 1 of BiWM: control fine-tuning. Running the same command again resumes."""
+    backbone: str = "tiny"          # a preset of model.py
+    init: str = ""                  # weights to start from; empty: random for tiny and small
+    out: str = "runs/stage1"        # run folder
+    steps: int = 2000               # optimizer steps
+    seed: int = 0                   # of everything random
+    save_every: int = 1000          # steps between checkpoints
+    batch: int = 16                 # clips per step and process
+    frames: int = 12                # latent frames per clip; half of the steps take a chunk less
+    t2v: float = 0.2                # share of clips without a clean prefix
+    i2v: float = 0.2                # share with one clean frame; the rest have whole chunks
+    drop_text: float = 0.1          # share of clips without caption
+    drop_actions: float = 0.1       # share of clips without actions
+    lr: float = 1e-3                # peak learning rate of AdamW
+    warmup: int = 500               # steps to reach it; then cosine to zero
+    decay: float = 0.01             # weight decay
+    clip: float = 1.0               # global gradient norm
+    ema: float = 0.999              # decay of the averaged weights, which are the result
+    pool: int = 256                 # trajectories in memory
+    refresh: int = 500              # steps until they are replaced
+    log_every: int = 20             # steps between log lines
+    compile: bool = False           # torch.compile the network
+
+    def __post_init__(self):
+        require_positive(self, "steps", "save_every", "batch", "frames", "lr", "pool", "refresh", "log_every", "clip")
+        if self.backbone not in PRESETS:
+            raise ValueError(f"unknown backbone '{self.backbone}'; choose {', '.join(PRESETS)}")
+        if min(self.t2v, self.i2v) < 0 or self.t2v + self.i2v > 1:
+            raise ValueError(f"--t2v {self.t2v} and --i2v {self.i2v} are shares: not negative, at most 1 together")
+        if self.frames < 2 * PRESETS[self.backbone].chunk:
+            raise ValueError(f"--frames must hold two chunks of {PRESETS[self.backbone].chunk}, got {self.frames}")
+
+
+def draw_prefix(cfg, chunk, batch, frames, device):
+    """Clean prefix lengths [B]: 0, 1 or a whole number of chunks that leaves at least one chunk to predict."""
+    u = torch.rand(batch, device=device)
+    chunks = torch.randint(1, frames // chunk, (batch,), device=device) * chunk
+    return torch.where(u < cfg.t2v, 0, torch.where(u < cfg.t2v + cfg.i2v, 1, chunks))
+
+
+def drop(condition, empty, cfg):
+    """Withhold caption and actions independently (classifier-free guidance); a window's first label is half the time still."""
+    actions = condition.control.actions.clone()
+    B, device = actions.shape[0], actions.device
+    actions[:, 0] *= torch.rand(B, device=device) < 0.5
+    actions[torch.rand(B, device=device) < cfg.drop_actions] = NO_ACTION
+    no_text = torch.rand(B, 1, 1, device=device) < cfg.drop_text
+    text = {key: torch.where(no_text, empty[key], value) for key, value in condition.text.items()}
+    return Condition(text, Control(actions))
+
+
+def stage1_loss(model, x0, condition, cfg, spec):
+    """L = E |v - (noise - x0)|^2 on the frames behind the prefix; one noise level per clip, 0 on the prefix."""
+    B, C, T, H, W = x0.shape
+    n = draw_prefix(cfg, spec.chunk, B, T, x0.device)
+    mask = torch.arange(T, device=x0.device) >= n[:, None]                              # [B, T]
+    sigma = draw_sigma((B, 1), spec.shift, device=x0.device) * mask                     # [B, T]
+    noise = torch.randn_like(x0)
+    with autocast(x0.device):
+        v = model(add_noise(x0, noise, sigma), sigma, condition.text, condition.control)
+    return flow_loss(v, x0, noise, mask)
+
+
+def learning_rate(step, cfg):
+    """Linear warm-up, then cosine to zero."""
+    return cfg.lr * min((step + 1) / max(cfg.warmup, 1), 1.0) * 0.5 * (1 + math.cos(math.pi * step / cfg.steps))
+
+
+def prepare(cfg):
+    """The networks, the data and the run folder; bad input ends here with one line."""
+    device = setup()
+    reseed(cfg.seed, "initialisation")
+    model = load(cfg.backbone, cfg.init, device) if cfg.init else build(cfg.backbone).to(device)
+    coder = codec(cfg.backbone, device)
+    stream = WorldStream(coder, cfg.seed, cfg.pool, max(48, cfg.frames), cfg.refresh)
+    return device, model, coder, stream, Run(cfg.out, cfg)
+
+
+def main(cfg):
+    with one_line_errors():
+        device, model, coder, stream, run = prepare(cfg)
+    spec, empty = model.spec, coder.text([""])
+    groups = [{"params": [p for p in model.parameters() if p.ndim > 1]},
+              {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, cfg.lr, (0.9, 0.99), weight_decay=cfg.decay, fused=device.type == "cuda")
+    ema = EMA(model, cfg.ema)
+    state = {"model": model}, {"model": optimizer}, {"model": ema}
+    start = load_checkpoint(cfg.out, *state)
+    network = torch.compile(model, dynamic=False) if cfg.compile else model
+
+    for step in run.progress(start, cfg.steps, "stage 1"):
+        reseed(cfg.seed, "stage 1", rank(), step)
+        shared = random.Random(derive(cfg.seed, "stage 1, all ranks", step))
+        frames = cfg.frames - spec.chunk * shared.randrange(2)          # the window, and the window while it fills
+        batch = stream.batch(step, cfg.batch, frames)
+
+        loss = stage1_loss(network, batch.x0, drop(batch.condition, empty, cfg), cfg, spec)
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, cfg)
+        norm = descend(optimizer, cfg.clip, "the network")
+        ema.update(model)
+
+        if step % cfg.log_every == 0 or step + 1 == cfg.steps:
+            run.log(step, loss=loss, norm=norm, lr=group["lr"])
+        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
+            save_checkpoint(cfg.out, step + 1, *state)
+            if rank() == 0:
+                notes = {"stage": 1, "control": "adaln", "steps": step + 1, "seed": cfg.seed, **provenance()}
+                save(model, run.folder / "teacher.safetensors", weights=ema.average, **notes)
+    shutdown()
+
+
+if __name__ == "__main__":
+    main(parse(Config))

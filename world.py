@@ -1,8 +1,8 @@
 """The embedded world: exact cameras, exact re-rendering of any action sequence.
 
-Four small maps of rooms seen through a true pinhole camera. Picture, camera and action label are functions of one state
-(x, z, yaw, pitch), so control and drift can be measured instead of judged. Lengths are in cells, angles in degrees, axes
-OpenCV's (x right, y down, z forward): the eye is at y = 0, floors at 0.5, and walls end at -0.5 under a ceiling or the sky.
+Four maps of rooms seen through a true pinhole camera. Picture, camera and action label are functions of one state (x, z,
+yaw, pitch), so control and drift are measured, not judged. Lengths are in cells, angles in degrees, axes OpenCV's: x right,
+y down, z forward. The eye is at y = 0, the floor at 0.5; walls end at -0.5, under a ceiling or the sky.
 
     python world.py --out sheet.png         # a plan and some views of each map
 """
@@ -10,7 +10,6 @@ OpenCV's (x right, y down, z forward): the eye is at y = 0, floors at 0.5, and w
 import argparse
 from functools import cache
 from itertools import product
-from math import cos, radians
 from types import SimpleNamespace
 
 import torch
@@ -19,13 +18,11 @@ import control
 
 FRAME, FPS = (64, 96), 8        # H, W in pixels; one action is one frame
 FOCAL = 0.6                     # focal length in picture widths: 79.6 degrees; pixels are square
-STEP, ANGLE = 0.2, 7.5          # cells and degrees a frame
-PITCH = 22.5                    # the camera tilts no further than this, degrees
-BODY = 0.3                      # half the side of the walker, cells
-SHORT = 0.9                     # a move of less than this share of STEP counts as blocked
 K = torch.tensor([[FOCAL, 0, 0.5], [0, FOCAL * FRAME[1] / FRAME[0], 0.5], [0, 0, 1]])   # image-normalised
+STEP, ANGLE, PITCH = 0.2, 7.5, 22.5     # cells and degrees a frame; the camera tilts no further than PITCH
+BODY, SHORT = 0.3, 0.9          # half the side of the walker; a move of less than SHORT * STEP counts as blocked
 
-# # is a wall, * a wall with an emblem, a..d a cell of that room, A..D the cell where the landmark of the room stands
+# # is a wall, * a wall with an emblem, a..d a cell of that room, A..D the cell where the room's landmark stands
 N, PLANS = 11, """
     ####*####   #####*#####   ######*##   ###*######
     #aaa#bbb#   #aaaa#bbbb*   *aaaa#bb#   #aaaa#bbb*
@@ -53,26 +50,27 @@ CAPTIONS = tuple(caption for caption, *_ in MAPS)
 WORDS = tuple(sorted({word for caption in CAPTIONS for word in caption.split()}))
 
 COLOURS = {name: torch.tensor(rgb) for name, rgb in {
-    "red": (186, 70, 54), "brown": (120, 82, 58), "wood": (176, 126, 78), "sand": (208, 182, 132), "gold": (224, 184, 92),
-    "yellow": (232, 208, 104), "green": (78, 140, 66), "grass": (122, 164, 78), "dark": (46, 92, 72),
-    "teal": (56, 142, 146), "blue": (62, 104, 190), "purple": (124, 84, 168), "pink": (222, 148, 168),
+    "red": (186, 70, 54), "brown": (120, 82, 58), "wood": (176, 126, 78), "sand": (208, 182, 132),
+    "gold": (224, 184, 92), "yellow": (232, 208, 104), "green": (78, 140, 66), "grass": (122, 164, 78),
+    "dark": (46, 92, 72), "teal": (56, 142, 146), "blue": (62, 104, 190), "purple": (124, 84, 168), "pink": (222, 148, 168),
     "orange": (232, 124, 44), "grey": (142, 142, 148), "steel": (98, 110, 128), "white": (226, 224, 216)}.items()}
 BLOCKS = {                      # rows, columns, shift of odd rows, width of the joints, contrast
     "brick": (4, 2, 0.5, 0.045, 0.1), "stone": (2, 2, 0.3, 0.04, 0.1), "planks": (4, 1, 0.5, 0.03, 0.1),
     "tiles": (2, 2, 0, 0, 0.1), "panel": (1, 2, 0, 0.04, 0.04), "hedge": (6, 4, 0.5, 0, 0.12)}
 LANDMARKS = {"ball": (0.3, 1, 0.2), "egg": (0.22, 0.24, 0.05), "column": (0.2, 0, 0)}   # radius, squash of y, centre y
-SKIES = {                       # zenith, horizon, hills, sun and its azimuth
-    "day": ((92, 148, 220), (196, 220, 238), (96, 132, 110), (255, 246, 190), 60),
-    "dusk": ((120, 96, 150), (246, 180, 120), (92, 72, 96), (255, 226, 150), -120)}
+SKIES = {"day": ((92, 148, 220), (196, 220, 238), (96, 132, 110), (255, 246, 190)),     # zenith, horizon, hills, sun
+         "dusk": ((120, 96, 150), (246, 180, 120), (92, 72, 96), (255, 226, 150))}
 SHADE = (0.92, 0.78, 1.0, 0.7, 0.95, 0.9)       # light on faces seen looking along +x, -x, +z, -z; on floor and ceiling
-TEXELS, LEVELS = 64, 5          # texels a cell; level k of a texture is blurred by 2^k texels at full resolution
+TEXELS, LEVELS = 64, 5          # texels a cell; level k of a texture is blurred by 2^k texels, at full resolution
 SHARP, FOG = 0.7, 0.09          # bias of the level: below 1 is crisper; haze grows with (FOG * depth)^2
 
 
-# ---- Textures ----------------------------------------------------------------------------------------------------------
+# ---- Textures: looked up, never computed, when a frame is made -----------------------------------------------------
 
 def texture(pattern, colour, accent=None, figure=None):
-    """[TEXELS, TEXELS, 3] in 0..255, one cell; v (rows) runs down. With an accent: a wall with plinth and emblem."""
+    """[LEVELS, TEXELS, TEXELS, 3] in 0..255, one cell; v (rows) runs down. With an accent: wall, plinth and emblem."""
+    if pattern == "sky":
+        return panorama(*SKIES[colour])
     v, u = torch.meshgrid(*[(torch.arange(TEXELS) + 0.5) / TEXELS] * 2, indexing="ij")
     rows, columns, shift, joint, contrast = BLOCKS[pattern]
     row, along = (v * rows).floor(), u * columns + shift * ((v * rows).floor() % 2)
@@ -86,72 +84,59 @@ def texture(pattern, colour, accent=None, figure=None):
         image = torch.where(inside[..., None], COLOURS[accent], image)
     if accent:
         image = torch.where((v > 0.88)[..., None], 0.8 * COLOURS[accent], image * (1 - 0.3 * (v < 0.06))[..., None])
-    return image.clamp(0, 255)
-
-
-def blurred(image):
-    """[V, U, 3] -> [LEVELS, V, U, 3]: every level keeps the full resolution, so that a pixel costs one look-up."""
-    out = [image]
+    levels = [image]
     for k in range(LEVELS - 1):
         for axis, shift in product((0, 1), (2 ** k, -(2 ** k))):                        # [1 2 1] / 4 at spacing 2^k
             image = (image + image.roll(shift, axis)) / 2
-        out.append(image)
-    return torch.stack(out)
+        levels.append(image)
+    return torch.stack(levels)
 
 
-def panorama(zenith, horizon, hill, sun, azimuth):
-    """A sky in the place of a texture, [LEVELS, TEXELS, TEXELS, 3]: TEXELS rows of sin(elevation) times azimuths."""
-    zenith, horizon, hill, sun = (torch.tensor(c) for c in (zenith, horizon, hill, sun))
-    rise = ((torch.arange(TEXELS) + 0.5) / TEXELS)[:, None]                             # sine of elevation
-    p = (torch.arange(LEVELS * TEXELS) + 0.5) / (LEVELS * TEXELS) * 4 - 1               # `around` of `shoot`
-    q = torch.where(p < 1, p, 2 - p)
-    yaw = torch.atan2(q, (1 - q.abs()) * torch.where(p < 1, 1, -1))
-    near = (1 - rise ** 2).sqrt() * 0.9 * (yaw - radians(azimuth)).cos() + rise * 0.436     # cosine to the sun
+def panorama(*colours):
+    """A sky in the shape of a texture: a level is a fifth of the way around, rows are the sine of elevation."""
+    zenith, horizon, hill, sun = (torch.tensor(colour) for colour in colours)
+    rise = ((torch.arange(TEXELS) + 0.5) / TEXELS)[:, None]
+    around = (torch.arange(LEVELS * TEXELS) + 0.5) / (LEVELS * TEXELS) * 4              # as in `shoot`
+    east = torch.where(around < 2, around - 1, 3 - around)
+    yaw = torch.atan2(east, (1 - east.abs()) * torch.where(around < 2, 1, -1))
+    near = (1 - rise ** 2).sqrt() * 0.9 * (yaw - 1).cos() + rise * 0.436                # cosine to the sun
     colour = horizon + (zenith - horizon) * (1.4 * rise).clamp(max=1)[..., None]
     colour = colour + (sun - colour) * torch.where(near > 0.985, 1, 0.5 * near.clamp(0) ** 8)[..., None]
     hills = 0.14 + 0.07 * (3 * yaw + 1).sin() + 0.04 * (5 * yaw).sin()
     image = torch.where((rise < hills)[..., None], hill * (1 - 0.2 * yaw.cos())[:, None], colour)
-    return image.view(LEVELS, TEXELS, TEXELS, 3)
+    return image.unflatten(1, (LEVELS, TEXELS)).movedim(1, 0)
 
 
 @cache
 def tables(device="cpu"):
-    """Everything that is looked up, made on the CPU so that every device has the same numbers. M maps."""
-    solid = torch.ones(len(MAPS), N, N, dtype=torch.bool)
-    face, marks, names = torch.zeros(len(MAPS), 6, N, N, dtype=torch.int32), torch.zeros(len(MAPS), 4, 8), {}
-
-    def first(name):                                                                    # its first texel in the table
-        return names.setdefault(name, len(names)) * LEVELS * TEXELS ** 2
-
-    for m, (_, top, *rooms) in enumerate(MAPS):
-        grid = [row.split()[m] for row in PLANS.split("\n")[:0:-1]]                     # grid[0] has the smallest z
-        for z, x in product(range(len(grid)), range(len(grid[0]))):
-            room = "abcd".find(grid[z][x].lower())
-            if room < 0:
-                continue
-            solid[m, z, x] = False
-            pattern, colour, accent, figure, shape, *floor = rooms[room].split()
-            for i, (dz, dx) in enumerate(((0, 1), (0, -1), (1, 0), (-1, 0))):
-                emblem = f" {figure}" if grid[z + dz][x + dx] == "*" else ""
-                face[m, i, z, x] = first(f"{pattern} {colour} {accent}{emblem}")
-            face[m, 4, z, x], face[m, 5, z, x] = first(" ".join(floor)), first(top)
-            if grid[z][x].isupper():
-                radius, squash, y = LANDMARKS[shape]
-                marks[m, room] = torch.tensor([x + 0.5, y, z + 0.5, radius, squash, *COLOURS[accent]])
-    images = {name: panorama(*SKIES[name[4:]]) if name.startswith("sky") else blurred(texture(*name.split()))
-              for name in names}
+    """Everything that is looked up, made on the CPU so that every device has the same numbers; M maps."""
+    rows = [row.split() for row in PLANS.strip().split("\n")][::-1]                     # the first has the smallest z
+    rows += [["#"] * len(MAPS)] * (N - len(rows))
+    cell = torch.tensor([[list(row[m].ljust(N, "#").encode()) for row in rows] for m in range(len(MAPS))])
+    solid, emblem, room = cell < ord("A"), cell == ord("*"), (cell | 32) - ord("a")     # each [M, N, N]: map, z, x
+    rooms = [words.split() for _, _, *words4 in MAPS for words in words4]
+    images = [texture(*top.split()) for _, top, *_ in MAPS]
+    for wall, colour, accent, figure, _, *floor in rooms:
+        images += [texture(wall, colour, accent), texture(wall, colour, accent, figure), texture(*floor)]
+    m = torch.arange(len(MAPS))[:, None, None].expand_as(cell)
+    wall = len(MAPS) + 3 * (4 * m + room)                                               # the first of a room's images
+    seen = [wall + emblem.roll(shift, axis) for axis, shift in ((2, -1), (2, 1), (1, -1), (1, 1))]
+    marks = torch.zeros(len(MAPS), 4, 8)
+    for m_, z, x in ((cell >= ord("A")) & (cell <= ord("D"))).nonzero().tolist():
+        _, _, accent, _, shape, *_ = rooms[4 * m_ + room[m_, z, x]]
+        radius, squash, y = LANDMARKS[shape]
+        marks[m_, room[m_, z, x]] = torch.tensor([x + 0.5, y, z + 0.5, radius, squash, *COLOURS[accent]])
     barrier = torch.where(solid, 0, torch.inf)
-    out = dict(solid=solid,                                         # [M, N, N] bool, indexed [map, z, x]
+    out = dict(solid=solid, marks=marks,                                # [M, 4, 8]: x, y, z, radius, squash, r, g, b
                barrier=torch.stack([barrier.mT, barrier]).flatten(),    # 0 solid, inf free; [map, x, z], [map, z, x]
-               face=face.flatten(),                                 # first texel of the six things a free cell sees
-               texels=torch.stack([*images.values()]).view(-1, 3),  # 0..255
-               marks=marks,                                         # [M, 4, 8]: x, y, z, radius, squash, r, g, b
-               shade=torch.tensor(SHADE), sky=torch.tensor([top.startswith("sky") for _, top, *_ in MAPS]),
-               haze=torch.stack([0.8 * images[top].mean((0, 1, 2)) for _, top, *_ in MAPS]))
+               face=(torch.stack([*seen, wall + 2, m], 1) * LEVELS * TEXELS ** 2).int().flatten(),      # first texel
+               texels=torch.stack(images).view(-1, 3), shade=torch.tensor(SHADE),
+               sky=torch.tensor([top.startswith("sky") for _, top, *_ in MAPS]),
+               haze=torch.stack([0.8 * image.mean((0, 1, 2)) for image in images[:len(MAPS)]]))
     return SimpleNamespace(**{name: value.to(device) for name, value in out.items()})
 
 
-# ---- The renderer: elementwise arithmetic only, so the bits of a frame do not depend on the frames beside it -----------
+# ---- The renderer: elementwise arithmetic only, so the bits of a frame do not depend on the frames beside it -------
 
 def render(c2w, maps, size=FRAME):
     """Frames uint8 [..., H, W, 3] seen by cameras c2w [..., 4, 4] in `maps`, an int or integers [...]."""
@@ -164,35 +149,33 @@ def render(c2w, maps, size=FRAME):
 
 
 def shoot(c2w, maps, size):
-    """Frames uint8 [F, H, W, 3] of cameras [F, 4, 4] in maps [F]; one ray of depth 1 a pixel, tensors [F, H, W]."""
-    t, (H, W) = tables(str(c2w.device)), size
+    """Frames uint8 [F, H, W, 3] of cameras [F, 4, 4] in maps [F]: one ray of depth 1 a pixel, tensors [F, H, W]."""
+    t, (H, W), c = tables(str(c2w.device)), size, c2w[:, :3, :, None, None]
     a = (torch.arange(W, device=c2w.device) + 0.5 - W / 2) / (FOCAL * W)                # [W]
     b = (torch.arange(H, device=c2w.device)[:, None] + 0.5 - H / 2) / (FOCAL * W)       # [H, 1]
-    norm = (a * a + b * b + 1).sqrt()                                                   # [H, W], length of the ray
-    c, cell = c2w[:, :3, :, None, None], (maps * N * N).int()[:, None, None]
+    norm, cell = (a * a + b * b + 1).sqrt(), (maps * N * N).int()[:, None, None]        # length of the ray [H, W]
     d = [(c[:, i, 0] * a + c[:, i, 2]) + c[:, i, 1] * b for i in range(3)]
     dx, dy, dz = d = [torch.where(x.abs() < 1e-6, 1e-6, x) for x in d]
-    ox, oy, oz = o = c[:, :, 3].unbind(1)                                               # [F, 1, 1] each
+    ox, oy, oz = o = c[:, :, 3].unbind(1)                                               # each [F, 1, 1]
 
     tx = crossing(ox, dx, oz, dz, cell, t.barrier)
     tz = crossing(oz, dz, ox, dx, cell + len(MAPS) * N * N, t.barrier)
     ty = (torch.where(dy > 0, 0.5, -0.5) - oy) / dy                                     # floor, ceiling or sky
-    depth = torch.minimum(torch.minimum(tx, tz), ty)
-    on_x, on_z = (tx < tz) & (tx < ty), (tz <= tx) & (tz < ty)
+    depth, on_x, on_z = torch.minimum(torch.minimum(tx, tz), ty), (tx < tz) & (tx < ty), (tz <= tx) & (tz < ty)
     face = torch.where(on_x, (dx < 0).int(), torch.where(on_z, (dz < 0).int() + 2, (dy < 0).int() + 4))
     sky = (face == 5) & t.sky[maps][:, None, None]
 
-    x, y, z = ox + depth * dx, oy + depth * dy, oz + depth * dz
+    x, y, z = (start + depth * ray for start, ray in zip(o, d))
     xc = torch.where(on_x, x - 0.5 * dx.sign(), x).clamp(0, N - 1).int()                # the free cell before the face
     zc = torch.where(on_z, z - 0.5 * dz.sign(), z).clamp(0, N - 1).int()
-    u, v = torch.where(on_x, z, x), torch.where(on_x | on_z, y + 0.5, z)
-    tu, tv = (((w - w.floor()) * TEXELS).int().clamp(max=TEXELS - 1) for w in (u, v))
+    east = dx / (dx.abs() + dz.abs())
+    around = torch.where(dz > 0, 1 + east, 3 - east) * (LEVELS / 4)                     # azimuth, without a sine
     slope = torch.where(on_x, dx, torch.where(on_z, dz, dy)).abs() / norm               # cosine to the face
-    level = torch.frexp(depth / slope * (SHARP * TEXELS / (FOCAL * W)))[1].clamp(0, LEVELS - 1)     # texels a pixel
-    around = torch.where(dz > 0, 1 + dx / (dx.abs() + dz.abs()), 3 - dx / (dx.abs() + dz.abs()))    # 0..4: exact azimuth
-    around = (around * (LEVELS * TEXELS / 4)).int() % (LEVELS * TEXELS)
-    above = (dy / norm * -TEXELS).int().clamp(0, TEXELS - 1) * (LEVELS * TEXELS)
-    texel = torch.where(sky, above + around, (level * TEXELS + tv) * TEXELS + tu)
+    texels = depth / slope * (SHARP * TEXELS / (FOCAL * W))                             # that a pixel covers
+    level = torch.where(sky, around.int(), texels.frexp()[1]).clamp(0, LEVELS - 1)
+    u = torch.where(on_x, z, torch.where(sky, around, x)) % 1 * TEXELS
+    v = torch.where(sky, -dy / norm, torch.where(on_x | on_z, y + 0.5, z)) % 1 * TEXELS
+    texel = (level * TEXELS + v.int().clamp(max=TEXELS - 1)) * TEXELS + u.int().clamp(max=TEXELS - 1)
     rgb = take(t.texels, take(t.face, cell * 6 + face * (N * N) + zc * N + xc) + texel)
 
     depth, which, tilt = landmarks(t.marks[maps], d, o, depth)
@@ -228,8 +211,8 @@ def landmarks(marks, d, o, depth):
     which, tilt = torch.full_like(depth, -1, dtype=torch.int32), torch.zeros_like(depth)
     flat, rise = d[0] * d[0] + d[2] * d[2], d[1] * d[1]
     for i in range(marks.shape[1]):                                                     # x^2 + squash y^2 + z^2 = r^2
-        squash, radius = marks[:, i, 4, None, None], marks[:, i, 3, None, None]
         x, y, z = (o[j] - marks[:, i, j, None, None] for j in range(3))
+        radius, squash = marks[:, i, 3:5, None, None].unbind(1)
         A, B = flat + squash * rise, d[0] * x + d[2] * z + d[1] * (squash * y)
         t = (-B - (B * B - A * (x * x + squash * y * y + z * z - radius * radius)).sqrt()) / A      # nan: a miss
         light = (0.4 * (x + t * d[0]) - 0.6 * squash * (y + t * d[1]) - 0.2 * (z + t * d[2])) / radius
@@ -238,7 +221,7 @@ def landmarks(marks, d, o, depth):
     return depth, which, tilt
 
 
-# ---- Moves: a state is float64 [..., 4]: x, z in cells, yaw to the right and pitch up in degrees -----------------------
+# ---- Moves: a state is float64 [..., 4]: x, z in cells, yaw to the right and pitch up in degrees -------------------
 
 def pose(state):
     """c2w float32 [..., 4, 4] of states [..., 4]."""
@@ -250,14 +233,15 @@ def free(maps, x, z):
     """Whether a walker may stand at x, z [N] in maps [N]: bool [N]."""
     t = tables(str(x.device))
     apart = (x[:, None] - t.marks[maps, :, 0]) ** 2 + (z[:, None] - t.marks[maps, :, 2]) ** 2       # [N, 4]
-    walls = [t.solid[maps, (z + i).long(), (x + j).long()] for i, j in product((-BODY, BODY), repeat=2)]
+    walls = [t.solid[maps, (z + i).long().clamp(0, N - 1), (x + j).long().clamp(0, N - 1)]
+             for i, j in product((-BODY, BODY), repeat=2)]
     return (apart > (t.marks[maps, :, 3] + BODY) ** 2).all(-1) & ~torch.stack(walls).any(0)
 
 
 def move(maps, state, actions):
-    """One action [N] from state [N, 4]: a step along the heading, then the turn. The new state and blocked [N].
+    """One action [N] from state [N, 4]: the new state, and whether it was blocked [N].
 
-    Each axis moves by itself, so that the walker slides along what is in the way.
+    A step along the heading, each axis by itself so that the walker slides along what is in the way; then the turn.
     """
     (x, z, yaw, pitch), (step, turn) = state.unbind(-1), control.motion(actions)
     sin, cos = yaw.deg2rad().sin() * STEP, yaw.deg2rad().cos() * STEP
@@ -275,22 +259,20 @@ def walk(maps, state, actions):
     States are those after each action: a first action 0 records the start. Labels are the motions that happened.
     """
     state, actions = torch.as_tensor(state, dtype=torch.float64), control.check_actions(actions)
-    if state.ndim != 2 or state.shape[1] != 4 or actions.ndim != 2 or len(actions) != len(state):
+    if actions.ndim != 2 or state.shape != (len(actions), 4):
         raise ValueError(f"walk takes state [N, 4] and actions [N, T], got {list(state.shape)}, {list(actions.shape)}")
     if (actions < 0).any():
         raise ValueError("actions are 0..80: the world cannot obey NO_ACTION")
-    maps, actions = check_maps(maps, state.shape[:1], state.device), actions.to(state.device)
-    inside = ((state[:, :2] > 1) & (state[:, :2] < N - 1)).all(-1) & (state[:, 3].abs() <= PITCH)
-    if not inside.all() or not free(maps, state[:, 0], state[:, 1]).all():
-        raise ValueError(f"a start (x, z, yaw, pitch) is in a wall or tilts beyond {PITCH}: spawn() gives good ones")
+    maps, actions = check_maps(maps, len(state), state.device), actions.to(state.device)
+    if not (free(maps, state[:, 0], state[:, 1]) & (state[:, 3].abs() <= PITCH)).all():
+        raise ValueError(f"a start (x, z, yaw, pitch) is in a wall or tilts beyond {PITCH}: take one from spawn()")
     states, blocked = [state], []
     for action in actions.unbind(1):
         after, stuck = move(maps, states[-1], action)
         states.append(after)
         blocked.append(stuck)
-    states = torch.stack(states, 1)                                                     # [N, 1 + T, 4]
-    labels = control.labels_from_poses(pose(states), step=STEP)[:, 1:]
-    return states[:, 1:], labels, torch.stack(blocked, 1) | (labels != actions)
+    labels = control.labels_from_poses(pose(torch.stack(states, 1)), step=STEP)[:, 1:]
+    return torch.stack(states[1:], 1), labels, torch.stack(blocked, 1) | (labels != actions)
 
 
 def check_maps(maps, shape, device):
@@ -302,12 +284,10 @@ def check_maps(maps, shape, device):
 
 
 def spawn(maps, generator):
-    """Random free states [N, 4] in maps [N], drawn on the CPU.
-
-    Headings lie between the multiples of ANGLE: no slide along a wall falls on the 60 degrees where labels change.
-    """
-    place = 1 + torch.rand(len(maps), 64, 2, generator=generator, dtype=torch.float64) * (N - 2)    # 64 darts each
-    hit = free(maps.repeat_interleave(64), *place.flatten(0, 1).unbind(-1)).view(-1, 64)
+    """Random free states [N, 4] in maps [N], on the CPU. Headings lie between the multiples of ANGLE, so that no slide
+    along a wall falls on the 60 degrees where labels change."""
+    place = torch.rand(len(maps), 99, 2, generator=generator, dtype=torch.float64) * N  # 99 darts each
+    hit = free(maps.repeat_interleave(99), *place.flatten(0, 1).unbind(-1)).view(-1, 99)
     yaw = torch.randint(48, (len(maps), 1), generator=generator) * ANGLE - 180 + ANGLE / 2
     pitch = torch.randint(-3, 4, (len(maps), 1), generator=generator) * ANGLE
     return torch.cat([place[torch.arange(len(maps)), hit.int().argmax(1)], yaw, pitch], -1)
@@ -356,8 +336,8 @@ class World:
 
     def walk(self, start, actions):
         """`walk` for one walker: state [4], actions [F] -> states [F, 4], labels [F], blocked [F]."""
-        start = torch.as_tensor(start, dtype=torch.float64).to(self.maps.device)
-        return tuple(x[0] for x in walk(self.maps, start[None], torch.as_tensor(actions)[None]))
+        start = torch.as_tensor(start, dtype=torch.float64, device=self.maps.device)
+        return [x[0] for x in walk(self.maps, start[None], torch.as_tensor(actions)[None])]
 
     def frames(self, start, actions):
         """The exact future uint8 [F, H, W, 3]: the view after each of actions [F], obeyed from state `start` [4]."""
@@ -370,29 +350,16 @@ class World:
         return self.render(pose(states))
 
 
-def plan(map):
-    """Top-down picture uint8 [N, N, 3], a pixel a cell, large z at the top: floors, walls, landmarks."""
-    t = tables()
-    image = t.texels[t.face.view(-1, 6, N, N)[map, 4] + (LEVELS - 1) * TEXELS ** 2]     # a texel of the last level
-    image[t.solid[map]] = 40
-    image[t.marks[map, :, 2].int(), t.marks[map, :, 0].int()] = t.marks[map, :, 5:]
-    return image.flip(0).to(torch.uint8)
-
-
-def main():
+if __name__ == "__main__":
     import imageio.v3 as imageio
     parser = argparse.ArgumentParser(description="Contact sheet of the world: a plan and views of each map.")
     parser.add_argument("--out", default="sheet.png")
-    parser.add_argument("--views", type=int, default=6)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    rows = []
+    rows, t = [], tables()
     for m in range(len(MAPS)):
-        states = spawn(torch.full((args.views,), m), torch.Generator().manual_seed(args.seed))
-        top = plan(m).repeat_interleave(16, 0).repeat_interleave(16, 1)
-        rows.append(torch.cat([top, *render(pose(states), m, (176, 264))], 1))
-    imageio.imwrite(args.out, torch.cat(rows).numpy())
-
-
-if __name__ == "__main__":
-    main()
+        plan = t.texels[t.face.view(-1, 6, N, N)[m, 4] + (LEVELS - 1) * TEXELS ** 2]    # floors, blurred; [N, N, 3]
+        plan[t.solid[m]] = 40
+        plan[t.marks[m, :, 2].int(), t.marks[m, :, 0].int()] = t.marks[m, :, 5:]
+        plan = plan.flip(0).to(torch.uint8).repeat_interleave(16, 0).repeat_interleave(16, 1)
+        states = spawn(torch.full((6,), m), torch.Generator().manual_seed(0))
+        rows.append(torch.cat([plan, *render(pose(states), m, (176, 264))], 1))
+    imageio.imwrite(parser.parse_args().out, torch.cat(rows).numpy())

@@ -1,0 +1,171 @@
+"""The Wan architecture against its independent implementation in diffusers, and loading that refuses what is not its own."""
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from model import build, flops, load, preset, save
+
+KEYS = [(r"^time_embedding\.0\.", "condition_embedder.time_embedder.linear_1."),         # official name -> diffusers name
+        (r"^time_embedding\.2\.", "condition_embedder.time_embedder.linear_2."),
+        (r"^time_projection\.1\.", "condition_embedder.time_proj."),
+        (r"^text_embedding\.0\.", "condition_embedder.text_embedder.linear_1."),
+        (r"^text_embedding\.2\.", "condition_embedder.text_embedder.linear_2."),
+        (r"^head\.head\.", "proj_out."), (r"^head\.modulation$", "scale_shift_table"),
+        (r"^(blocks\.\d+)\.modulation$", r"\1.scale_shift_table"),
+        (r"^(blocks\.\d+)\.self_attn\.([qkv])\.", r"\1.attn1.to_\2."), (r"^(blocks\.\d+)\.self_attn\.o\.", r"\1.attn1.to_out.0."),
+        (r"^(blocks\.\d+)\.self_attn\.norm_([qk])\.", r"\1.attn1.norm_\2."),
+        (r"^(blocks\.\d+)\.cross_attn\.([qkv])\.", r"\1.attn2.to_\2."), (r"^(blocks\.\d+)\.cross_attn\.o\.", r"\1.attn2.to_out.0."),
+        (r"^(blocks\.\d+)\.cross_attn\.norm_([qk])\.", r"\1.attn2.norm_\2."),
+        (r"^(blocks\.\d+)\.norm3\.", r"\1.norm2."), (r"^(blocks\.\d+)\.ffn\.0\.", r"\1.ffn.net.0.proj."),
+        (r"^(blocks\.\d+)\.ffn\.2\.", r"\1.ffn.net.2.")]
+TINY = dict(dim=64, heads=4, ffn=112, layers=2, text_dim=24, freq_dim=32)                # head dim 16: axes 8 / 4 / 4, unequal
+
+
+def to_diffusers(name):
+    for pattern, new in KEYS:
+        if re.match(pattern, name):
+            return re.sub(pattern, new, name)
+    return name
+
+
+def random_model(name="wan2.1-1.3b", **fields):
+    """Every parameter random, norms and the zero-initialised head included."""
+    torch.manual_seed(1)
+    model = build(name, control=None, **{**TINY, **fields})
+    for key, p in model.named_parameters():
+        p.data.normal_(1.0 if "norm" in key and key.endswith("weight") else 0.0, 0.1)   # larger gains amplify fp32 rounding
+    return model.eval()
+
+
+@pytest.fixture(scope="module", params=[("wan2.1-1.3b", 16), ("wan2.2-5b", 48)], ids=["wan2.1", "wan2.2"])
+def pair(request):
+    diffusers = pytest.importorskip("diffusers")
+    name, channels = request.param
+    ours = random_model(name)
+    theirs = diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=4, attention_head_dim=16, in_channels=channels, out_channels=channels, text_dim=24,
+        freq_dim=32, ffn_dim=112, num_layers=2, cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=1e-6, rope_max_seq_len=1024)
+    theirs.load_state_dict({to_diffusers(k): v for k, v in ours.state_dict().items()}, strict=True)
+    x = torch.randn(2, channels, 3, 8, 12)                                              # h != w
+    text = torch.zeros(2, 512, 24)
+    text[0, :7], text[1, :31] = torch.randn(7, 24), torch.randn(31, 24)
+    return ours, theirs.eval(), x, text
+
+
+@torch.no_grad()
+def test_one_noise_level_per_sample_equals_diffusers(pair):
+    ours, theirs, x, text = pair
+    sigma = torch.tensor([0.731, 0.0125])
+    expected = theirs(x, 1000 * sigma, text, return_dict=False)[0]
+    torch.testing.assert_close(ours(x, sigma[:, None].expand(2, 3), {"text": text}), expected, atol=1e-5, rtol=0)
+    shorter = ours(x, sigma[:, None].expand(2, 3), {"text": text[:, :40]})                # the model pads to 512 itself
+    torch.testing.assert_close(shorter, expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_one_noise_level_per_frame_equals_diffusers_per_token(pair):
+    ours, theirs, x, text = pair
+    sigma = torch.tensor([[0.0, 0.0, 0.731], [0.0, 0.5, 1.0]])
+    tokens = (1000 * sigma).repeat_interleave(4 * 6, dim=1)                             # [B, T * 24]
+    expected = theirs(x, tokens, text, return_dict=False)[0]
+    torch.testing.assert_close(ours(x, sigma, {"text": text}), expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_batch_of_two_equals_two_batches_of_one(pair):
+    ours, _, x, text = pair
+    sigma = torch.tensor([[0.0, 0.0, 0.731], [0.2, 0.5, 1.0]])
+    both = ours(x, sigma, {"text": text})
+    for i in range(2):
+        one = ours(x[i:i + 1], sigma[i:i + 1], {"text": text[i:i + 1]})
+        torch.testing.assert_close(both[i:i + 1], one, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_time_positions_are_relative_unbounded_and_fractional(pair):
+    ours, _, x, text = pair
+    sigma, f = torch.full((2, 3), 0.5), torch.arange(3)
+    base = ours(x, sigma, {"text": text})
+    for offset in (7, 5000, 0.25):
+        torch.testing.assert_close(ours(x, sigma, {"text": text}, frames=f + offset), base, atol=1e-5, rtol=0)
+    assert not torch.allclose(ours(x, sigma, {"text": text}, frames=2.0 * f), base, atol=1e-3)
+
+
+@pytest.mark.parametrize("name, count, keys", [("wan2.1-1.3b", 1_418_996_800, 825), ("wan2.2-5b", 4_999_787_712, 825)])
+def test_official_sizes(name, count, keys):
+    with torch.device("meta"):
+        model = build(name, control=None)
+    assert sum(p.numel() for p in model.parameters()) == count and len(model.state_dict()) == keys
+
+
+def test_operations_agree_with_a_counter():
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+    model = random_model()
+    x, text = torch.randn(1, 16, 3, 8, 12), {"text": torch.randn(1, 512, 24)}
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        model(x, torch.rand(1, 3), text)
+    assert counter.get_total_flops() == sum(flops(model.spec, 3, 4, 6).values())
+
+
+def test_bad_shapes_are_named():
+    model = random_model()
+    x, sigma, text = torch.randn(1, 16, 3, 8, 12), torch.rand(1, 3), {"text": torch.randn(1, 9, 24)}
+    for args, words in (((x[:, :5], sigma, text), "latents"), ((x, sigma[:, :2], text), "one noise level per frame"),
+                        ((x[..., :11], sigma, text), "divisible"), ((x, sigma, {"text": torch.randn(1, 9, 25)}), "text states")):
+        with pytest.raises(ValueError, match=words):
+            model(*args)
+    with pytest.raises(ValueError, match="unknown backbone 'wan3'; choose tiny"):
+        preset("wan3")
+
+
+# ---- Files -------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    model = random_model()
+    path = tmp_path / "model.safetensors"
+    save(model, path, torch.float32, stage=1)
+    return model, path
+
+
+def reload(path):
+    return load("wan2.1-1.3b", path, **TINY)
+
+
+def test_files_load_whole_sharded_and_prefixed(checkpoint, tmp_path):
+    model, path = checkpoint
+    state = model.state_dict()
+    folder = tmp_path / "sharded"
+    folder.mkdir()
+    names = list(state)
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, keys in parts.items():
+        save_file({k: state[k] for k in keys}, folder / file)
+    index = {"weight_map": {k: file for file, keys in parts.items() for k in keys}}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({"model.diffusion_model." + k: v for k, v in state.items()}, tmp_path / "prefixed.safetensors")
+    for source in (path, folder, tmp_path / "prefixed.safetensors"):
+        loaded = reload(source).state_dict()
+        assert list(loaded) == names and all(torch.equal(loaded[k], state[k]) for k in names)
+
+
+def test_what_is_not_its_own_is_refused_by_name(checkpoint, tmp_path):
+    model, path = checkpoint
+    state = model.state_dict()
+    save_file({k: v for k, v in state.items() if k != "head.head.bias"}, tmp_path / "missing.safetensors")
+    save_file({**state, "blocks.9.extra": torch.zeros(1)}, tmp_path / "extra.safetensors")
+    save_file({**state, "head.head.bias": torch.zeros(3)}, tmp_path / "shape.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes(path.read_bytes()[:5000])
+    (tmp_path / "text.safetensors").write_text("not a tensor in sight")
+    for file, words in (("missing", "head.head.bias"), ("extra", "blocks.9.extra"), ("shape", r"head.head.bias' is \[3\]"),
+                        ("cut", "not a complete safetensors file"), ("text", "not a complete safetensors file"), ("gone", "does not exist")):
+        with pytest.raises((ValueError, OSError), match=words) as error:
+            reload(tmp_path / f"{file}.safetensors")
+        assert file in str(error.value)
+    with pytest.raises(ValueError, match="made for the backbone wan2.1-1.3b, not tiny"):
+        load("tiny", path)

@@ -117,7 +117,7 @@ def main(cfg):
     for step in run.progress(start, cfg.steps, "stage 1"):
         reseed(cfg.seed, "stage 1", rank(), step)
         shared = random.Random(derive(cfg.seed, "stage 1, all ranks", step))
-        frames = cfg.frames - spec.chunk * shared.randrange(2)          # the window, and the window while it fills
+        frames = max(2 * spec.chunk, cfg.frames - spec.chunk * shared.randrange(2))     # the window, or while it fills
         batch = stream.batch(step, cfg.batch, frames)
 
         loss = stage1_loss(network, batch.x0, drop(batch.condition, empty, cfg), cfg, spec)

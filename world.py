@@ -1,10 +1,8 @@
 """The embedded world: exact cameras, exact re-rendering of any action sequence.
 
-Four maps of rooms seen through a true pinhole camera. Picture, camera and action label are functions of one state (x, z,
-yaw, pitch), so control and drift are measured, not judged. Lengths are in cells, angles in degrees, axes OpenCV's: x right,
-y down, z forward. The eye is at y = 0, the floor at 0.5; walls end at -0.5, under a ceiling or the sky.
-
-    python world.py --out sheet.png         # a plan and some views of each map
+Four maps of rooms seen through a pinhole camera. Picture, camera and label are functions of one state (x, z, yaw, pitch),
+so control and drift are measured, not judged. Lengths in cells, angles in degrees, axes OpenCV's: x right, y down, z
+forward. Eyes are at y = 0, floors at 0.5; walls end at -0.5. `python world.py --out sheet.png` draws plans and views.
 """
 
 import argparse
@@ -52,30 +50,32 @@ WORDS = tuple(sorted({word for caption in CAPTIONS for word in caption.split()})
 COLOURS = {name: torch.tensor(rgb) for name, rgb in {
     "red": (186, 70, 54), "brown": (120, 82, 58), "wood": (176, 126, 78), "sand": (208, 182, 132),
     "gold": (224, 184, 92), "yellow": (232, 208, 104), "green": (78, 140, 66), "grass": (122, 164, 78),
-    "dark": (46, 92, 72), "teal": (56, 142, 146), "blue": (62, 104, 190), "purple": (124, 84, 168), "pink": (222, 148, 168),
-    "orange": (232, 124, 44), "grey": (142, 142, 148), "steel": (98, 110, 128), "white": (226, 224, 216)}.items()}
+    "dark": (46, 92, 72), "teal": (56, 142, 146), "blue": (62, 104, 190), "purple": (124, 84, 168), "white": (226, 224, 216),
+    "pink": (222, 148, 168), "orange": (232, 124, 44), "grey": (142, 142, 148), "steel": (98, 110, 128)}.items()}
 BLOCKS = {                      # rows, columns, shift of odd rows, width of the joints, contrast
     "brick": (4, 2, 0.5, 0.045, 0.1), "stone": (2, 2, 0.3, 0.04, 0.1), "planks": (4, 1, 0.5, 0.03, 0.1),
     "tiles": (2, 2, 0, 0, 0.1), "panel": (1, 2, 0, 0.04, 0.04), "hedge": (6, 4, 0.5, 0, 0.12)}
+SKIES = {"day": ((196, 220, 238), (92, 148, 220)), "dusk": ((246, 180, 120), (120, 96, 150))}       # horizon, zenith
 LANDMARKS = {"ball": (0.3, 1, 0.2), "egg": (0.22, 0.24, 0.05), "column": (0.2, 0, 0)}   # radius, squash of y, centre y
-SKIES = {"day": ((92, 148, 220), (196, 220, 238), (96, 132, 110), (255, 246, 190)),     # zenith, horizon, hills, sun
-         "dusk": ((120, 96, 150), (246, 180, 120), (92, 72, 96), (255, 226, 150))}
+FAR = ((50, -28, 30, 7, 1, 999, 960, 500), (-10, 4, 75, 40, 5, 80, 120, 80),     # sun and hills: x, y, z, radius, squash, rgb
+       (70, 4, -20, 36, 4, 60, 110, 120), (-60, 4, -35, 24, 1.2, 120, 110, 80))
 SHADE = (0.92, 0.78, 1.0, 0.7, 0.95, 0.9)       # light on faces seen looking along +x, -x, +z, -z; on floor and ceiling
 TEXELS, LEVELS = 64, 5          # texels a cell; level k of a texture is blurred by 2^k texels, at full resolution
-SHARP, FOG = 0.7, 0.09          # bias of the level: below 1 is crisper; haze grows with (FOG * depth)^2
+SHARP, FOG, AIR = 0.7, 0.09, 12     # level bias, below 1 is crisper; haze grows with (FOG * depth)^2, up to depth AIR
 
 
-# ---- Textures: looked up, never computed, when a frame is made -----------------------------------------------------
+# ---- Textures: looked up, never computed, when a frame is made ---------------------------------------------------------
 
 def texture(pattern, colour, accent=None, figure=None):
     """[LEVELS, TEXELS, TEXELS, 3] in 0..255, one cell; v (rows) runs down. With an accent: wall, plinth and emblem."""
-    if pattern == "sky":
-        return panorama(*SKIES[colour])
     v, u = torch.meshgrid(*[(torch.arange(TEXELS) + 0.5) / TEXELS] * 2, indexing="ij")
+    if pattern == "sky":                                                                # rows: sine of elevation
+        low, high = (torch.tensor(rgb) for rgb in SKIES[colour])
+        return (low + (high - low) * (1.4 * v).clamp(max=1)[..., None]).expand(LEVELS, -1, -1, -1)
     rows, columns, shift, joint, contrast = BLOCKS[pattern]
     row, along = (v * rows).floor(), u * columns + shift * ((v * rows).floor() % 2)
     tint = torch.sin(7 * row + 4 * (along.floor() % columns) + 1) if joint else (row + along.floor()) % 2 * 2 - 1
-    gap = torch.minimum(v - row / rows, (along - along.floor()) / columns) < joint
+    gap = torch.minimum(v - row / rows, along % 1 / columns) < joint
     image = COLOURS[colour] * (1 + contrast * tint - 0.3 * gap)[..., None]
     if figure:
         a, b = (u - 0.5).abs(), (v - 0.5).abs()
@@ -92,21 +92,6 @@ def texture(pattern, colour, accent=None, figure=None):
     return torch.stack(levels)
 
 
-def panorama(*colours):
-    """A sky in the shape of a texture: a level is a fifth of the way around, rows are the sine of elevation."""
-    zenith, horizon, hill, sun = (torch.tensor(colour) for colour in colours)
-    rise = ((torch.arange(TEXELS) + 0.5) / TEXELS)[:, None]
-    around = (torch.arange(LEVELS * TEXELS) + 0.5) / (LEVELS * TEXELS) * 4              # as in `shoot`
-    east = torch.where(around < 2, around - 1, 3 - around)
-    yaw = torch.atan2(east, (1 - east.abs()) * torch.where(around < 2, 1, -1))
-    near = (1 - rise ** 2).sqrt() * 0.9 * (yaw - 1).cos() + rise * 0.436                # cosine to the sun
-    colour = horizon + (zenith - horizon) * (1.4 * rise).clamp(max=1)[..., None]
-    colour = colour + (sun - colour) * torch.where(near > 0.985, 1, 0.5 * near.clamp(0) ** 8)[..., None]
-    hills = 0.14 + 0.07 * (3 * yaw + 1).sin() + 0.04 * (5 * yaw).sin()
-    image = torch.where((rise < hills)[..., None], hill * (1 - 0.2 * yaw.cos())[:, None], colour)
-    return image.unflatten(1, (LEVELS, TEXELS)).movedim(1, 0)
-
-
 @cache
 def tables(device="cpu"):
     """Everything that is looked up, made on the CPU so that every device has the same numbers; M maps."""
@@ -114,29 +99,27 @@ def tables(device="cpu"):
     rows += [["#"] * len(MAPS)] * (N - len(rows))
     cell = torch.tensor([[list(row[m].ljust(N, "#").encode()) for row in rows] for m in range(len(MAPS))])
     solid, emblem, room = cell < ord("A"), cell == ord("*"), (cell | 32) - ord("a")     # each [M, N, N]: map, z, x
-    rooms = [words.split() for _, _, *words4 in MAPS for words in words4]
-    images = [texture(*top.split()) for _, top, *_ in MAPS]
-    for wall, colour, accent, figure, _, *floor in rooms:
+    tops, rooms = [m[1] for m in MAPS], [words.split() for m in MAPS for words in m[2:]]
+    images = [texture(*top.split()) for top in tops]
+    marks = torch.tensor(FAR).float().repeat(len(MAPS), 2, 1)                           # [M, 8, 8]
+    for i, (wall, colour, accent, figure, shape, *floor) in enumerate(rooms):
         images += [texture(wall, colour, accent), texture(wall, colour, accent, figure), texture(*floor)]
-    m = torch.arange(len(MAPS))[:, None, None].expand_as(cell)
-    wall = len(MAPS) + 3 * (4 * m + room)                                               # the first of a room's images
-    seen = [wall + emblem.roll(shift, axis) for axis, shift in ((2, -1), (2, 1), (1, -1), (1, 1))]
-    marks = torch.zeros(len(MAPS), 4, 8)
-    for m_, z, x in ((cell >= ord("A")) & (cell <= ord("D"))).nonzero().tolist():
-        _, _, accent, _, shape, *_ = rooms[4 * m_ + room[m_, z, x]]
+        ((z, x),) = (cell[i // 4] == ord("ABCD"[i % 4])).nonzero().tolist()
         radius, squash, y = LANDMARKS[shape]
-        marks[m_, room[m_, z, x]] = torch.tensor([x + 0.5, y, z + 0.5, radius, squash, *COLOURS[accent]])
+        marks[i // 4, i % 4] = torch.tensor([x + 0.5, y, z + 0.5, radius, squash, *COLOURS[accent]])
+    m = torch.arange(len(MAPS))[:, None, None].expand_as(cell)
+    first = torch.where(solid, 0, len(MAPS) + 3 * (4 * m + room))                       # of the images of a room
+    walls = [first + emblem.roll(shift, axis) for axis, shift in ((2, -1), (2, 1), (1, -1), (1, 1))]
     barrier = torch.where(solid, 0, torch.inf)
-    out = dict(solid=solid, marks=marks,                                # [M, 4, 8]: x, y, z, radius, squash, r, g, b
+    out = dict(solid=solid, marks=marks, shade=torch.tensor(SHADE),     # marks: x, y, z, radius, squash, r, g, b
                barrier=torch.stack([barrier.mT, barrier]).flatten(),    # 0 solid, inf free; [map, x, z], [map, z, x]
-               face=(torch.stack([*seen, wall + 2, m], 1) * LEVELS * TEXELS ** 2).int().flatten(),      # first texel
-               texels=torch.stack(images).view(-1, 3), shade=torch.tensor(SHADE),
-               sky=torch.tensor([top.startswith("sky") for _, top, *_ in MAPS]),
+               face=(torch.stack([*walls, first + 2, m], 1) * LEVELS * TEXELS ** 2).flatten(),      # first texel
+               texels=torch.stack(images).view(-1, 3), sky=torch.tensor([top.startswith("sky") for top in tops]),
                haze=torch.stack([0.8 * image.mean((0, 1, 2)) for image in images[:len(MAPS)]]))
     return SimpleNamespace(**{name: value.to(device) for name, value in out.items()})
 
 
-# ---- The renderer: elementwise arithmetic only, so the bits of a frame do not depend on the frames beside it -------
+# ---- The renderer: elementwise arithmetic only, so the bits of a frame do not depend on the frames beside it -----------
 
 def render(c2w, maps, size=FRAME):
     """Frames uint8 [..., H, W, 3] seen by cameras c2w [..., 4, 4] in `maps`, an int or integers [...]."""
@@ -168,28 +151,18 @@ def shoot(c2w, maps, size):
     x, y, z = (start + depth * ray for start, ray in zip(o, d))
     xc = torch.where(on_x, x - 0.5 * dx.sign(), x).clamp(0, N - 1).int()                # the free cell before the face
     zc = torch.where(on_z, z - 0.5 * dz.sign(), z).clamp(0, N - 1).int()
-    east = dx / (dx.abs() + dz.abs())
-    around = torch.where(dz > 0, 1 + east, 3 - east) * (LEVELS / 4)                     # azimuth, without a sine
     slope = torch.where(on_x, dx, torch.where(on_z, dz, dy)).abs() / norm               # cosine to the face
-    texels = depth / slope * (SHARP * TEXELS / (FOCAL * W))                             # that a pixel covers
-    level = torch.where(sky, around.int(), texels.frexp()[1]).clamp(0, LEVELS - 1)
-    u = torch.where(on_x, z, torch.where(sky, around, x)) % 1 * TEXELS
+    level = (depth / slope * (SHARP * TEXELS / (FOCAL * W))).frexp()[1].clamp(0, LEVELS - 1)    # texels a pixel covers
+    u = torch.where(on_x, z, x) % 1 * TEXELS
     v = torch.where(sky, -dy / norm, torch.where(on_x | on_z, y + 0.5, z)) % 1 * TEXELS
     texel = (level * TEXELS + v.int().clamp(max=TEXELS - 1)) * TEXELS + u.int().clamp(max=TEXELS - 1)
-    rgb = take(t.texels, take(t.face, cell * 6 + face * (N * N) + zc * N + xc) + texel)
+    rgb = t.texels[t.face[((cell * 6 + face * (N * N)) + zc * N) + xc] + texel]
 
-    depth, which, tilt = landmarks(t.marks[maps], d, o, depth)
-    bare = which < 0
-    colour = take(t.marks[..., 5:].reshape(-1, 3), (maps * 4).int()[:, None, None] + which.clamp(0))
-    light = torch.where(bare, torch.where(sky, 1, take(t.shade, face)), 0.75 + 0.5 * tilt)
-    clear = torch.where(sky & bare, 1, 1 / (1 + (FOG * depth) * (FOG * depth)))
-    rgb = torch.where(bare[..., None], rgb, colour) * (light * clear)[..., None]
+    depth, which, tilt = landmarks(t.marks[maps], d, o, torch.where(sky, torch.inf, depth))
+    light = torch.where(which < 0, torch.where(sky, 1, t.shade[face]), 0.75 + 0.5 * tilt)
+    clear = torch.where(depth.isinf(), 1, 1 / (1 + (FOG * depth.clamp(max=AIR)).square()))
+    rgb = torch.where(which[..., None] < 0, rgb, t.marks[maps[:, None, None], which, 5:]) * (light * clear)[..., None]
     return (rgb + t.haze[maps][:, None, None] * (1 - clear)[..., None] + 0.5).clamp(0, 255).to(torch.uint8)
-
-
-def take(table, index):
-    """Rows of `table` [R, ...] at `index`, int32 of any shape."""
-    return table.index_select(0, index.reshape(-1)).reshape(index.shape + table.shape[1:])
 
 
 def crossing(o, d, o2, d2, cell, barrier):
@@ -201,13 +174,13 @@ def crossing(o, d, o2, d2, cell, barrier):
     t, first = (line - o) / d, torch.full_like(d, torch.inf)
     at, dat = (line + (sign - 1) / 2) * N + (o2 + t * d2), sign * N + dt * d2           # the cell that is entered
     for _ in range(N - 2):
-        first = torch.minimum(first, t + take(barrier, (at.int() + cell).clamp(0, len(barrier) - 1)))
+        first = torch.minimum(first, t + barrier.take((at.int() + cell).clamp(0, len(barrier) - 1).long()))
         t, at = t + dt, at + dat
     return first
 
 
 def landmarks(marks, d, o, depth):
-    """Depth once marks [F, 4, 8] stand there, which of them is seen (-1: none) and how it faces the light."""
+    """Depth once marks [F, 8, 8] stand there, which of them is seen (-1: none) and how it faces the light."""
     which, tilt = torch.full_like(depth, -1, dtype=torch.int32), torch.zeros_like(depth)
     flat, rise = d[0] * d[0] + d[2] * d[2], d[1] * d[1]
     for i in range(marks.shape[1]):                                                     # x^2 + squash y^2 + z^2 = r^2
@@ -221,7 +194,7 @@ def landmarks(marks, d, o, depth):
     return depth, which, tilt
 
 
-# ---- Moves: a state is float64 [..., 4]: x, z in cells, yaw to the right and pitch up in degrees -------------------
+# ---- Moves: a state is float64 [..., 4]: x, z in cells, yaw to the right and pitch up in degrees -----------------------
 
 def pose(state):
     """c2w float32 [..., 4, 4] of states [..., 4]."""
@@ -232,21 +205,18 @@ def pose(state):
 def free(maps, x, z):
     """Whether a walker may stand at x, z [N] in maps [N]: bool [N]."""
     t = tables(str(x.device))
-    apart = (x[:, None] - t.marks[maps, :, 0]) ** 2 + (z[:, None] - t.marks[maps, :, 2]) ** 2       # [N, 4]
+    apart = (x[:, None] - t.marks[maps, :, 0]) ** 2 + (z[:, None] - t.marks[maps, :, 2]) ** 2       # [N, 8]
     walls = [t.solid[maps, (z + i).long().clamp(0, N - 1), (x + j).long().clamp(0, N - 1)]
              for i, j in product((-BODY, BODY), repeat=2)]
     return (apart > (t.marks[maps, :, 3] + BODY) ** 2).all(-1) & ~torch.stack(walls).any(0)
 
 
 def move(maps, state, actions):
-    """One action [N] from state [N, 4]: the new state, and whether it was blocked [N].
-
-    A step along the heading, each axis by itself so that the walker slides along what is in the way; then the turn.
-    """
+    """New state and blocked [N] of one action [N] from state [N, 4]: step along the heading, sliding on walls, then turn."""
     (x, z, yaw, pitch), (step, turn) = state.unbind(-1), control.motion(actions)
     sin, cos = yaw.deg2rad().sin() * STEP, yaw.deg2rad().cos() * STEP
     x1, z1 = x + step[:, 0] * cos + step[:, 1] * sin, z + step[:, 1] * cos - step[:, 0] * sin
-    x1 = torch.where(free(maps, x1, z), x1, x)
+    x1 = torch.where(free(maps, x1, z), x1, x)                                          # each axis by itself: it slides
     z1 = torch.where(free(maps, x1, z1), z1, z)
     tilt = pitch + turn[:, 0] * ANGLE
     blocked = (actions >= 9) & ((x1 - x) ** 2 + (z1 - z) ** 2 < (SHORT * STEP) ** 2) | (tilt.abs() > PITCH)
@@ -259,20 +229,19 @@ def walk(maps, state, actions):
     States are those after each action: a first action 0 records the start. Labels are the motions that happened.
     """
     state, actions = torch.as_tensor(state, dtype=torch.float64), control.check_actions(actions)
-    if actions.ndim != 2 or state.shape != (len(actions), 4):
+    if actions.ndim != 2 or not actions.numel() or state.shape != (len(actions), 4):
         raise ValueError(f"walk takes state [N, 4] and actions [N, T], got {list(state.shape)}, {list(actions.shape)}")
+    maps, actions = check_maps(maps, len(state), state.device), actions.to(state.device)
     if (actions < 0).any():
         raise ValueError("actions are 0..80: the world cannot obey NO_ACTION")
-    maps, actions = check_maps(maps, len(state), state.device), actions.to(state.device)
     if not (free(maps, state[:, 0], state[:, 1]) & (state[:, 3].abs() <= PITCH)).all():
         raise ValueError(f"a start (x, z, yaw, pitch) is in a wall or tilts beyond {PITCH}: take one from spawn()")
-    states, blocked = [state], []
+    steps = [(state, None)]
     for action in actions.unbind(1):
-        after, stuck = move(maps, states[-1], action)
-        states.append(after)
-        blocked.append(stuck)
-    labels = control.labels_from_poses(pose(torch.stack(states, 1)), step=STEP)[:, 1:]
-    return torch.stack(states[1:], 1), labels, torch.stack(blocked, 1) | (labels != actions)
+        steps.append(move(maps, steps[-1][0], action))
+    states, blocked = torch.stack([s for s, _ in steps], 1), torch.stack([b for _, b in steps[1:]], 1)
+    labels = control.labels_from_poses(pose(states), step=STEP)[:, 1:]
+    return states[:, 1:], labels, blocked | (labels != actions)
 
 
 def check_maps(maps, shape, device):
@@ -284,8 +253,7 @@ def check_maps(maps, shape, device):
 
 
 def spawn(maps, generator):
-    """Random free states [N, 4] in maps [N], on the CPU. Headings lie between the multiples of ANGLE, so that no slide
-    along a wall falls on the 60 degrees where labels change."""
+    """Random free states [N, 4] in maps [N] (CPU); yaw is an odd multiple of ANGLE / 2, so that no slide is at 60 degrees."""
     place = torch.rand(len(maps), 99, 2, generator=generator, dtype=torch.float64) * N  # 99 darts each
     hit = free(maps.repeat_interleave(99), *place.flatten(0, 1).unbind(-1)).view(-1, 99)
     yaw = torch.randint(48, (len(maps), 1), generator=generator) * ANGLE - 180 + ANGLE / 2
@@ -296,8 +264,7 @@ def spawn(maps, generator):
 def explore(n, frames, generator, device="cpu"):
     """Random trajectories: maps [n], states [n, frames, 4], labels and blocked [n, frames]; frame 0 is the start.
 
-    Actions are held for 2 to 8 frames; a blocked one is drawn again, once. All is drawn on the CPU: every device sees
-    the same trajectories.
+    Actions are held for 2 to 8 frames; a blocked one is drawn again, once. `generator` and its draws are the CPU's.
     """
     maps = torch.randint(len(MAPS), (n,), generator=generator)
     start = spawn(maps, generator)
@@ -318,20 +285,19 @@ def explore(n, frames, generator, device="cpu"):
 
 
 class World:
-    """One map and a walker in it. `reset`, then `step`; `frames` shows any other future without moving the walker."""
+    """One map and a walker in it. Frames are uint8 [F, H, W, 3], the views after each of actions [F]."""
 
     def __init__(self, map=0, device="cpu", size=FRAME):
         self.maps, self.size = check_maps(map, (1,), device), size
         self.reset()
 
     def reset(self, state=None, seed=0):
-        """Stand at `state` [4], or at a place drawn from `seed`; returns the view, uint8 [1, H, W, 3]."""
-        start = spawn(self.maps.cpu(), torch.Generator().manual_seed(seed))[0] if state is None else state
-        self.state = self.walk(start, [0])[0][0]
-        return self.render(pose(self.state[None]))
+        """Stand at `state` [4], or at a place drawn from `seed`; returns the view [1, H, W, 3]."""
+        self.state = spawn(self.maps.cpu(), torch.Generator().manual_seed(seed))[0] if state is None else state
+        return self.step([0])
 
     def render(self, c2w):
-        """Frames uint8 [F, H, W, 3] of cameras [F, 4, 4]."""
+        """The views of cameras c2w [F, 4, 4]."""
         return render(c2w.to(self.maps.device), self.maps, self.size)
 
     def walk(self, start, actions):
@@ -340,26 +306,25 @@ class World:
         return [x[0] for x in walk(self.maps, start[None], torch.as_tensor(actions)[None])]
 
     def frames(self, start, actions):
-        """The exact future uint8 [F, H, W, 3]: the view after each of actions [F], obeyed from state `start` [4]."""
+        """The exact future of any actions from any state, without moving the walker."""
         return self.render(pose(self.walk(start, actions)[0]))
 
     def step(self, actions):
-        """Move on by actions [F]; returns the view after each, uint8 [F, H, W, 3]."""
-        states = self.walk(self.state, actions)[0]
-        self.state = states[-1]
-        return self.render(pose(states))
+        """Move on by `actions`."""
+        start, self.state = self.state, self.walk(self.state, actions)[0][-1]
+        return self.frames(start, actions)
 
 
 if __name__ == "__main__":
     import imageio.v3 as imageio
-    parser = argparse.ArgumentParser(description="Contact sheet of the world: a plan and views of each map.")
+    parser = argparse.ArgumentParser(description="Contact sheet: a plan and six views of each map.")
     parser.add_argument("--out", default="sheet.png")
-    rows, t = [], tables()
+    t, sheet = tables(), []
     for m in range(len(MAPS)):
         plan = t.texels[t.face.view(-1, 6, N, N)[m, 4] + (LEVELS - 1) * TEXELS ** 2]    # floors, blurred; [N, N, 3]
         plan[t.solid[m]] = 40
-        plan[t.marks[m, :, 2].int(), t.marks[m, :, 0].int()] = t.marks[m, :, 5:]
+        plan[t.marks[m, :4, 2].int(), t.marks[m, :4, 0].int()] = t.marks[m, :4, 5:]
         plan = plan.flip(0).to(torch.uint8).repeat_interleave(16, 0).repeat_interleave(16, 1)
-        states = spawn(torch.full((6,), m), torch.Generator().manual_seed(0))
-        rows.append(torch.cat([plan, *render(pose(states), m, (176, 264))], 1))
-    imageio.imwrite(parser.parse_args().out, torch.cat(rows).numpy())
+        views = render(pose(spawn(torch.full((6,), m), torch.Generator().manual_seed(0))), m, (176, 264))
+        sheet.append(torch.cat([plan, *views], 1))
+    imageio.imwrite(parser.parse_args().out, torch.cat(sheet).numpy())

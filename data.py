@@ -28,6 +28,10 @@ class Trips:
     actions: torch.Tensor
     blocked: torch.Tensor
 
+    def part(self, start, stop):
+        """Trajectories start..stop-1."""
+        return Trips(*(x[start:stop] for x in (self.maps, self.states, self.actions, self.blocked)))
+
     def video(self, device="cpu"):
         """The exact picture of every frame, uint8 [N, T, H, W, 3]."""
         N, T = self.states.shape[:2]
@@ -49,11 +53,11 @@ class WorldStream:
 
     def load(self, number):
         """Render and encode pool `number`, in pieces that bound the memory of the pixels."""
-        trips = world.explore(self.pool, self.length, generator(self.seed, self.split, "pool", rank(), number))
+        trips = Trips(*world.explore(self.pool, self.length, generator(self.seed, self.split, "pool", rank(), number)))
         device = self.codec.device
-        self.latents = torch.cat([self.codec.encode(Trips(*(x[i:i + 64] for x in trips)).video(device))
+        self.latents = torch.cat([self.codec.encode(trips.part(i, i + 64).video(device))
                                   for i in range(0, self.pool, 64)])                    # [N, C, length, H, W]
-        self.actions, self.maps = trips[2].to(device), trips[0].to(device)
+        self.actions, self.maps = trips.actions.to(device), trips.maps.to(device)
         self.loaded = number
 
     def batch(self, step, size, frames):

@@ -19,7 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 import world
-from common import autocast, generator, one_line_errors, parse, provenance, require_positive, setup
+from common import autocast, generator, one_line_errors, parse, provenance, require_positive, reseed, setup
 from control import Condition, Control
 from data import Trips
 from encode import codec
@@ -33,14 +33,18 @@ SECOND = world.FPS
 
 # ---- The probe ---------------------------------------------------------------------------------------------------------------
 
+def convolution(channels, out, stride):
+    return nn.Conv2d(channels, out, 3, stride, 1), nn.GroupNorm(8, out), nn.GELU()
+
+
 class Probe(nn.Module):
     """Inverse dynamics: two successive frames -> logits of the translation (9) and the rotation (9) between them."""
 
     def __init__(self):
         super().__init__()
-        self.early = nn.Sequential(nn.Conv2d(9, 48, 5, 2, 2), nn.GELU(), nn.Conv2d(48, 64, 3, 2, 1), nn.GELU())
-        self.late = nn.Sequential(nn.Conv2d(64, 96, 3, 2, 1), nn.GELU(), nn.Conv2d(96, 96, 3, 1, 1), nn.GELU(),
-                                  nn.Conv2d(96, 128, 3, 2, 1), nn.GELU(), nn.Flatten(), nn.Linear(128 * 24, 256), nn.GELU())
+        self.early = nn.Sequential(nn.Conv2d(9, 48, 5, 2, 2), nn.GELU(), *convolution(48, 64, 2))
+        self.late = nn.Sequential(*convolution(64, 96, 2), *convolution(96, 96, 1), *convolution(96, 128, 2), nn.Flatten(),
+                                  nn.Linear(128 * 24, 256), nn.GELU())
         self.head = nn.Linear(256, 18)
 
     def forward(self, video):
@@ -60,31 +64,28 @@ class Probe(nn.Module):
         return torch.cat([l.argmax(-1).cpu() for l, _ in out]), torch.cat([f.double().cpu() for _, f in out])
 
 
-def train_probe(steps, path, device, batch=512, length=8):
-    """Train on real pairs, half of them through the codec; returns accuracy on held-out real video."""
-    torch.manual_seed(0)
+def train_probe(steps, path, device, batch=1024, length=8):
+    """Train on real pairs, half of them through the codec; the last weights go to `path`."""
+    reseed(0, "probe")
     probe, coder = Probe().to(device), codec("tiny", device)
-    optimizer = torch.optim.AdamW(probe.parameters(), 1e-3, weight_decay=0.01)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=0.05)
+    optimizer = torch.optim.AdamW(probe.parameters(), weight_decay=0.01)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.05)
     for step in tqdm(range(steps), desc="probe"):
         if step % 250 == 0:
-            trips = Trips(*world.explore(min(2048, steps * batch // length), length, generator(step, "probe")))
-            real = torch.cat([Trips(*(x[i:i + 256] for x in trips.__dict__.values())).video(device)
-                              for i in range(0, len(trips.maps), 256)])
-            coded = torch.cat([coder.decode(coder.encode(piece)).to(device) for piece in real.split(256)])
-        pick = torch.randint(len(real), (batch // 4,), device=device)
-        at = torch.randint(length - 2, (1,)).item()
-        source = coded if step % 2 else real
-        logits, _ = probe(source[pick, at:at + 3])
-        truth = trips.actions.to(device)[pick, at + 1:at + 3]                           # [B, 2]
-        loss = F.cross_entropy(logits[:, :, 0].flatten(0, 1), (truth // 9).flatten())
-        loss = loss + F.cross_entropy(logits[:, :, 1].flatten(0, 1), (truth % 9).flatten())
-        optimizer.zero_grad()
+            trips = Trips(*world.explore(4 * batch, length, generator(step, "probe")))
+            real = torch.cat([trips.part(i, i + 512).video(device) for i in range(0, len(trips.maps), 512)])
+            coded = torch.cat([coder.decode(coder.encode(piece)).to(device) for piece in real.split(512)])
+        pick, at = torch.randint(len(real), (batch // 2,), device=device), torch.randint(length - 2, (1,)).item()
+        with autocast(device):
+            logits, _ = probe((coded if step % 2 else real)[pick, at:at + 3])           # [B/2, 2, 2, 9]
+        truth = trips.actions.to(device)[pick, at + 1:at + 3]                           # [B/2, 2]
+        loss = sum(F.cross_entropy(logits[:, :, i].float().flatten(0, 1), digit.flatten())
+                   for i, digit in enumerate((truth // 9, truth % 9)))
         loss.backward()
         optimizer.step()
+        optimizer.zero_grad()
         rate.step()
     save_file({k: v.cpu() for k, v in probe.state_dict().items()}, path)
-    return probe
 
 
 def load_probe(device, path=ASSETS / "probe.safetensors"):

@@ -245,8 +245,9 @@ class Wan(nn.Module):
             e6 = self.time_projection(e).unflatten(-1, (6, p.dim))                      # [B, T, 6, D]
 
         context = self.embed_text(text["text"])                                         # [B, S, D]
-        x = self.patch_embedding(x)                                                     # [B, D, T, h, w]
-        x = rearrange(x, "b d t h w -> b t (h w) d").float()                            # the residual stream is fp32
+        x = rearrange(x, "b c t (h q) (w r) -> b t (h w) (c q r)", q=q, r=r)            # [B, T, L, C * q * r]
+        x = F.linear(x, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)     # the convolution, without overlap
+        x = x.float()                                                                   # [B, T, L, D]; the residual stream is fp32
         for block in self.blocks:
             x = block(x, e6, context, rope)
         with torch.autocast(x.device.type, enabled=False):
@@ -283,6 +284,13 @@ def build(name, control="adaln", **fields):
     if not next(model.parameters()).is_meta:
         model.initialise()
     return model if control is None else control_module.attach(model, control)
+
+
+def compile_blocks(model):
+    """Compile each transformer block in place; all share one compilation per shape. What stays eager is small."""
+    for block in model.blocks:
+        block.compile(dynamic=False)
+    return model
 
 
 def load(name, source=None, device="cpu", dtype=torch.float32, **fields):

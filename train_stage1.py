@@ -19,7 +19,7 @@ from control import NO_ACTION, Condition, Control
 from data import WorldStream
 from encode import codec
 from flow import add_noise, draw_sigma, flow_loss
-from model import PRESETS, build, load, save
+from model import PRESETS, build, compile_blocks, load, save
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Config:
     pool: int = 256                 # trajectories in memory
     refresh: int = 500              # steps until they are replaced
     log_every: int = 20             # steps between log lines
-    compile: bool = False           # torch.compile the network
+    compile: bool = False           # torch.compile the transformer blocks
 
     def __post_init__(self):
         require_positive(self, "steps", "save_every", "batch", "frames", "lr", "pool", "refresh", "log_every", "clip")
@@ -97,6 +97,7 @@ def prepare(cfg):
     device = setup()
     reseed(cfg.seed, "initialisation")
     model = load(cfg.backbone, cfg.init, device) if cfg.init else build(cfg.backbone).to(device)
+    model = compile_blocks(model) if cfg.compile else model
     coder = codec(cfg.backbone, device)
     stream = WorldStream(coder, cfg.seed, cfg.pool, max(48, cfg.frames), cfg.refresh)
     return device, model, coder, stream, Run(cfg.out, cfg)
@@ -112,7 +113,6 @@ def main(cfg):
     ema = EMA(model, cfg.ema)
     state = {"model": model}, {"model": optimizer}, {"model": ema}
     start = load_checkpoint(cfg.out, *state)
-    network = torch.compile(model, dynamic=False) if cfg.compile else model
 
     for step in run.progress(start, cfg.steps, "stage 1"):
         reseed(cfg.seed, "stage 1", rank(), step)
@@ -120,7 +120,7 @@ def main(cfg):
         frames = max(2 * spec.chunk, cfg.frames - spec.chunk * shared.randrange(2))     # the window, or while it fills
         batch = stream.batch(step, cfg.batch, frames)
 
-        loss = stage1_loss(network, batch.x0, drop(batch.condition, empty, cfg), cfg, spec)
+        loss = stage1_loss(model, batch.x0, drop(batch.condition, empty, cfg), cfg, spec)
         loss.backward()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg)

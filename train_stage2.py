@@ -20,7 +20,7 @@ from dmd import critic_loss, dmd_loss
 from encode import codec
 from evaluate import evaluate, load_probe, samplers_of, table
 from flow import draw_sigma, schedule
-from model import ASSETS, PRESETS, load, save
+from model import ASSETS, PRESETS, compile_blocks, load, save
 from rollout import draw_keys, rollout, velocity_of, write_video
 
 
@@ -50,7 +50,7 @@ class Config:
     pool: int = 64                  # trajectories in memory, for starts and actions
     refresh: int = 25               # steps until they are replaced
     preview: int = 16               # held-out sequences of the table at the end; 0: no table
-    compile: bool = False           # torch.compile the networks
+    compile: bool = False           # torch.compile the transformer blocks
 
     def __post_init__(self):
         require_positive(self, "steps", "save_every", "batch", "frames", "denoise", "critic_steps", "lr", "critic_lr",
@@ -79,6 +79,8 @@ def prepare(cfg):
     """Three networks from one checkpoint, the data and the run folder; bad input ends here with one line."""
     device = setup()
     student, critic, teacher = (load(cfg.backbone, cfg.teacher, device) for _ in range(3))
+    if cfg.compile:
+        student, critic, teacher = (compile_blocks(net) for net in (student, critic, teacher))
     if teacher.control is None:
         raise ValueError(f"{cfg.teacher} has no control parameters; stage 2 distils a stage-1 teacher")
     coder = codec(cfg.backbone, device)
@@ -100,8 +102,7 @@ def main(cfg):
     ema = EMA(student, cfg.ema)
     state = {"student": student, "critic": critic}, {"student": student_opt, "critic": critic_opt}, {"student": ema}
     start = load_checkpoint(cfg.out, *state)
-    nets = [torch.compile(net, dynamic=False) if cfg.compile else net for net in (student, critic, teacher)]
-    student_v, critic_v, teacher_v = (velocity_of(net) for net in nets)
+    student_v, critic_v, teacher_v = (velocity_of(net) for net in (student, critic, teacher))
     sigmas, empty = schedule(cfg.denoise, spec.shift), coder.text([spec.negative])
 
     for step in run.progress(start, cfg.steps + cfg.critic_warmup, "stage 2"):

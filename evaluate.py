@@ -71,7 +71,7 @@ def train_probe(steps, path, device, batch=1024, length=8):
     optimizer = torch.optim.AdamW(probe.parameters(), weight_decay=0.01)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.05)
     for step in tqdm(range(steps), desc="probe"):
-        if step % 250 == 0:
+        if step % 500 == 0:
             trips = Trips(*world.explore(4 * batch, length, generator(step, "probe")))
             real = torch.cat([trips.part(i, i + 512).video(device) for i in range(0, len(trips.maps), 512)])
             coded = torch.cat([coder.decode(coder.encode(piece)).to(device) for piece in real.split(512)])

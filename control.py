@@ -231,10 +231,9 @@ class ActionEmbedding(nn.Module):
         self.rotation = nn.Parameter(torch.zeros(9, dim))
 
     def forward(self, control):                                                         # -> [B, T, D]
-        actions = control.actions
-        known = (actions >= 0)[..., None]
-        a = actions.clamp_min(0)
-        return (self.translation[a // 9] + self.rotation[a % 9]) * known
+        a, digits = control.actions[..., None], torch.arange(9, device=control.actions.device)
+        move, turn = (a // 9 == digits) & (a >= 0), (a % 9 == digits) & (a >= 0)        # one-hot [B, T, 9]; no action, no row
+        return move.float() @ self.translation + turn.float() @ self.rotation
 
 
 def attach(backbone, kind="adaln"):

@@ -12,14 +12,16 @@ import random
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
-from common import (EMA, Run, autocast, derive, descend, load_checkpoint, one_line_errors, parse, provenance, rank,
+from common import (EMA, Run, derive, descend, load_checkpoint, one_line_errors, parse, provenance, rank,
                     require_positive, reseed, save_checkpoint, setup, shutdown)
 from control import NO_ACTION, Condition, Control
 from data import WorldStream
 from encode import codec
 from flow import add_noise, draw_sigma, flow_loss
 from model import PRESETS, build, compile_blocks, load, save
+from rollout import velocity_of
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Config:
     refresh: int = 500              # steps until they are replaced
     log_every: int = 20             # steps between log lines
     compile: bool = False           # torch.compile the transformer blocks
+    cuda_graphs: bool = False       # with --compile on a GPU: launch the network as CUDA graphs
 
     def __post_init__(self):
         require_positive(self, "steps", "save_every", "batch", "frames", "lr", "pool", "refresh", "log_every", "clip")
@@ -53,6 +56,8 @@ class Config:
             raise ValueError(f"unknown backbone '{self.backbone}'; choose {', '.join(PRESETS)}")
         if min(self.t2v, self.i2v) < 0 or self.t2v + self.i2v > 1:
             raise ValueError(f"--t2v {self.t2v} and --i2v {self.i2v} are shares: not negative, at most 1 together")
+        if self.cuda_graphs and not (self.compile and torch.cuda.is_available()):
+            raise ValueError("--cuda_graphs needs --compile and a GPU")
         if self.frames < 2 * PRESETS[self.backbone].chunk:
             raise ValueError(f"--frames must hold two chunks of {PRESETS[self.backbone].chunk}, got {self.frames}")
 
@@ -75,16 +80,41 @@ def drop(condition, empty, cfg):
     return Condition(text, Control(actions))
 
 
-def stage1_loss(model, x0, condition, cfg, spec):
+def stage1_loss(velocity, x0, condition, cfg, spec):
     """L = E |v - (noise - x0)|^2 on the frames behind the prefix; one noise level per clip, 0 on the prefix."""
     B, C, T, H, W = x0.shape
     n = draw_prefix(cfg, spec.chunk, B, T, x0.device)
     mask = torch.arange(T, device=x0.device) >= n[:, None]                              # [B, T]
     sigma = draw_sigma((B, 1), spec.shift, device=x0.device) * mask                     # [B, T]
     noise = torch.randn_like(x0)
-    with autocast(x0.device):
-        v = model(add_noise(x0, noise, sigma), sigma, condition.text, condition.control)
-    return flow_loss(v, x0, noise, mask)
+    return flow_loss(velocity(add_noise(x0, noise, sigma), sigma, condition), x0, noise, mask)
+
+
+class Tensors(nn.Module):
+    """A network whose arguments are tensors alone, as CUDA graphs want it."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, sigma, actions, text):
+        return velocity_of(self.model)(x, sigma, Condition({"text": text}, Control(actions)))
+
+
+def fast_velocity(model, cfg):
+    """`velocity_of(model)` with compiled blocks and, on a GPU, one CUDA graph per clip length: small kernels leave the
+    processor no time to launch them one by one."""
+    compile_blocks(model)
+    if not cfg.cuda_graphs:
+        return velocity_of(model)
+    graphs = {}
+
+    def velocity(x, sigma, condition):
+        if x.shape[2] not in graphs:
+            example = (x.clone(), sigma.clone(), condition.control.actions.clone(), condition.text["text"].clone())
+            graphs[x.shape[2]] = torch.cuda.make_graphed_callables(Tensors(model), example)
+        return graphs[x.shape[2]](x, sigma, condition.control.actions, condition.text["text"])
+    return velocity
 
 
 def learning_rate(step, cfg):
@@ -97,7 +127,6 @@ def prepare(cfg):
     device = setup()
     reseed(cfg.seed, "initialisation")
     model = load(cfg.backbone, cfg.init, device) if cfg.init else build(cfg.backbone).to(device)
-    model = compile_blocks(model) if cfg.compile else model
     coder = codec(cfg.backbone, device)
     stream = WorldStream(coder, cfg.seed, cfg.pool, max(48, cfg.frames), cfg.refresh)
     return device, model, coder, stream, Run(cfg.out, cfg)
@@ -113,6 +142,7 @@ def main(cfg):
     ema = EMA(model, cfg.ema)
     state = {"model": model}, {"model": optimizer}, {"model": ema}
     start = load_checkpoint(cfg.out, *state)
+    velocity = fast_velocity(model, cfg) if cfg.compile else velocity_of(model)
 
     for step in run.progress(start, cfg.steps, "stage 1"):
         reseed(cfg.seed, "stage 1", rank(), step)
@@ -120,7 +150,7 @@ def main(cfg):
         frames = max(2 * spec.chunk, cfg.frames - spec.chunk * shared.randrange(2))     # the window, or while it fills
         batch = stream.batch(step, cfg.batch, frames)
 
-        loss = stage1_loss(model, batch.x0, drop(batch.condition, empty, cfg), cfg, spec)
+        loss = stage1_loss(velocity, batch.x0, drop(batch.condition, empty, cfg), cfg, spec)
         loss.backward()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg)

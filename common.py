@@ -27,7 +27,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).parent
 
 
-# ---- Errors and settings -----------------------------------------------------------------------------------------------------
+# ---- Errors and settings ---------------------------------------------------------------------------------------------
 
 def fail(message):
     """End the program with one line that names what is wrong; exit code 1."""
@@ -72,20 +72,18 @@ def require_positive(config, *names):
             raise ValueError(f"--{name} must be above 0, got {getattr(config, name)}")
 
 
-# ---- Processes, devices, seeds -----------------------------------------------------------------------------------------------
+# ---- Processes, devices, seeds ---------------------------------------------------------------------------------------
 
 def setup():
-    """Join the process group if torchrun started us, choose this rank's device, fix numerics. Returns the device."""
+    """Join the process group if torchrun started us and choose this rank's device, which is returned."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
     elif not cuda:
-        torch.set_num_threads(len(os.sched_getaffinity(0)))      # torchrun sets OMP_NUM_THREADS=1; one process owns the machine
+        torch.set_num_threads(len(os.sched_getaffinity(0)))  # torchrun would leave us one thread
     return device
 
 
@@ -133,7 +131,7 @@ def mean_over_ranks(metrics):
     return dict(zip(keys, values.tolist()))
 
 
-# ---- Optimisation ------------------------------------------------------------------------------------------------------------
+# ---- Optimisation ----------------------------------------------------------------------------------------------------
 
 def descend(optimizer, clip, step_name):
     """Average gradients over ranks, clip their global norm, step, clear. Returns the norm before clipping.
@@ -161,47 +159,67 @@ class EMA:
         self.average = {k: v.detach().clone().float() for k, v in module.state_dict().items()}
 
     @torch.no_grad()
-    def update(self, module):
-        now = module.state_dict()
-        torch._foreach_lerp_([*self.average.values()], [now[k].float() for k in self.average], 1 - self.decay)
+    def update(self, module, decay=None):
+        """Take `module` in, with `decay` instead of the usual one if given."""
+        now, decay = module.state_dict(), self.decay if decay is None else decay
+        torch._foreach_lerp_([*self.average.values()], [now[k].float() for k in self.average], 1 - decay)
 
 
-# ---- Run folder: settings, log, checkpoints ----------------------------------------------------------------------------------
+# ---- Run folder: settings, log, checkpoints --------------------------------------------------------------------------
 
 def provenance():
     """Commit and versions, for everything that is written down."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    commit = "unknown"
+    if shutil.which("git"):
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+        commit = git.stdout.strip() or commit
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    return {"commit": git.stdout.strip() or "unknown", "torch": torch.__version__, "python": sys.version.split()[0],
+    return {"commit": commit, "torch": torch.__version__, "python": sys.version.split()[0],
             "device": device, "processes": world_size()}
+
+
+HARMLESS = {"out", "steps", "save_every", "log_every", "preview", "compile", "cuda_graphs"}  # may change on resuming
 
 
 class Run:
     """A run folder: config.json, log.jsonl (one line per logged step) and checkpoints; rank 0 writes."""
 
     def __init__(self, out, config):
-        self.folder = Path(out)
-        self.metrics, self.bar, self.begin = {}, None, time.time()
+        self.folder, self.bar, self.begin = Path(out), None, time.time()
+        self.refuse_other_settings(dataclasses.asdict(config))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if rank() == 0:
+                partial = self.folder / "config.json.partial"
                 settings = {"settings": dataclasses.asdict(config), **provenance()}
-                (self.folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
+                partial.write_text(json.dumps(settings, indent=1) + "\n")
+                partial.rename(self.folder / "config.json")
         except OSError as error:
             raise OSError(f"cannot write to --out {out}: {error.strerror}; choose another folder") from None
 
+    def refuse_other_settings(self, settings):
+        """A folder with a checkpoint continues with the settings it began with, or not at all."""
+        path = self.folder / "config.json"
+        if not path.exists() or not list(self.folder.glob("checkpoint-????????")):
+            return
+        old = json.loads(path.read_text())["settings"]
+        changed = [f"--{k} {old.get(k)} -> {v}" for k, v in settings.items() if k not in HARMLESS and old.get(k) != v]
+        if changed:
+            raise ValueError(f"{self.folder} holds a run with other settings ({', '.join(changed)}); "
+                             "choose another --out")
+
     def progress(self, start, stop, what):
         """Iterate over the steps left, with a progress bar on rank 0."""
-        self.bar = tqdm(range(start, stop), initial=start, total=stop, desc=what, disable=rank() > 0, dynamic_ncols=True)
+        self.bar = tqdm(range(start, stop), what, stop, initial=start, disable=rank() > 0, dynamic_ncols=True)
         self.trim(start)
         return self.bar
 
     def trim(self, start):
         """Forget log lines of steps at or after `start`: they will be made again."""
         path = self.folder / "log.jsonl"
-        if rank() == 0:
-            lines = path.read_text().splitlines() if path.exists() else []
-            path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] < start))
+        if rank() == 0 and path.exists():
+            whole = [line for line in path.read_text().splitlines() if line.endswith("}")]  # a kill may tear one
+            path.write_text("".join(line + "\n" for line in whole if json.loads(line)["step"] < start))
 
     def log(self, step, **metrics):
         """Write one line; all ranks call it."""
@@ -210,7 +228,7 @@ class Run:
             line = {"step": step, "seconds": round(time.time() - self.begin, 2), **metrics}
             with open(self.folder / "log.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
-            self.bar.set_postfix({k: f"{v:.3g}" for k, v in metrics.items()})
+            self.bar.set_postfix({k: f"{metrics[k]:.3g}" for k in ("loss", "dmd", "critic") if k in metrics})
 
 
 def save_checkpoint(folder, step, modules, optimizers, averages):
@@ -237,13 +255,21 @@ def save_checkpoint(folder, step, modules, optimizers, averages):
     _barrier()
 
 
-def load_checkpoint(folder, modules, optimizers, averages):
-    """Restore the newest checkpoint of `folder` in place; returns its step, or 0 when there is none."""
+def load_checkpoint(folder, stop, modules, optimizers, averages):
+    """Restore the newest checkpoint of `folder` in place; returns its step, or 0 when there is none.
+
+    ValueError when it is beyond the step `stop`, OSError when it is damaged.
+    """
     found = sorted(Path(folder).glob("checkpoint-????????"))
     if not found:
         return 0
+    if int(found[-1].name[-8:]) > stop:
+        raise ValueError(f"{found[-1]} is already beyond step {stop}; raise --steps or choose another --out")
     state = _state(modules, optimizers, averages)
-    dcp.load(state, checkpoint_id=found[-1])
+    try:
+        dcp.load(state, checkpoint_id=found[-1])
+    except (dcp.api.CheckpointException, RuntimeError) as error:
+        raise OSError(f"{found[-1]} is damaged ({str(error).splitlines()[0]}); delete it and start again") from None
     for name, module in modules.items():
         set_model_state_dict(module, state["modules"][name])
     for name, optimizer in optimizers.items():

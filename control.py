@@ -1,8 +1,8 @@
 """Control: one truth for actions and cameras, and the module that injects them into a video transformer.
 
-An action is a label `9 * translation + rotation`, one per latent frame; label t is the motion from frame t-1 to frame t,
-so label 0 of a clip is "still". A camera is c2w, OpenCV axes (x right, y down, z forward). Both tables are in the
-published order of BiWM (arXiv:2606.10135): pitch before yaw.
+An action is a label `9 * translation + rotation`, one per latent frame; label t is the motion from frame t-1 to frame
+t, so the first label of a clip is "still". A camera is c2w, OpenCV axes (x right, y down, z forward). Both tables are
+in the published order of BiWM (arXiv:2606.10135): pitch before yaw.
 
     python control.py "w-8, w+right-12"          # the labels of an action string
 """
@@ -29,7 +29,7 @@ NO_ACTION = -1                      # a frame without control: the unconditional
 TRANSLATION_SHARE = 0.2             # a motion shorter than this share of the step is none
 MEDIAN_SHARE = 0.05                 # the same when the step is not told: share of the clip's median motion
 ROTATION_DEGREES = 0.5              # a turn smaller than this is none
-CONE = math.cos(math.radians(60))   # a direction within 60 degrees of an axis counts as along it; two axes make a diagonal
+CONE = math.cos(math.radians(60))  # within 60 degrees of an axis is along it; along two is diagonal
 
 
 def label_from_keys(keys):
@@ -57,8 +57,8 @@ def keys_from_label(label):
 def parse_actions(text):
     """Labels int64 [T] of an action string; T = 1 + the sum of the counts, the first label is 0 (the start view).
 
-    segment := keys ('-' | '*') count, keys := name ('+' name)* | label 0..80; segments are separated by commas. Counts are
-    latent frames: "w-8, w+right-12, 38-4". Errors name the column (1 is the first character).
+    segment := keys ('-' | '*') count, keys := name ('+' name)* | label 0..80; segments are separated by commas. Counts
+    are latent frames: "w-8, w+right-12, 38-4". Errors name the column (1 is the first character).
     """
     labels, column = [0], 1
     for part in text.split(","):
@@ -95,16 +95,16 @@ def _segment(segment, column):
 
 
 def check_actions(actions):
-    """`actions` as int64, or a ValueError that says what is wrong with it."""
+    """`actions` as int64 labels, or a ValueError that says what is wrong with them."""
     actions = torch.as_tensor(actions)
-    if actions.is_floating_point() or actions.dtype == torch.bool:
+    if actions.numel() and (actions.is_floating_point() or actions.dtype == torch.bool):
         raise ValueError(f"actions are integer labels 0..{ACTIONS - 1}, got {actions.dtype}")
-    if actions.numel() and not NO_ACTION <= int(actions.min()) <= int(actions.max()) < ACTIONS:
+    if actions.numel() and not 0 <= int(actions.min()) <= int(actions.max()) < ACTIONS:
         raise ValueError(f"actions are labels 0..{ACTIONS - 1}, got {int(actions.min())}..{int(actions.max())}")
     return actions.long()
 
 
-# ---- Cameras -----------------------------------------------------------------------------------------------------------------
+# ---- Cameras ---------------------------------------------------------------------------------------------------------
 
 def pose(position, yaw, pitch):
     """c2w [..., 4, 4] of a camera at `position` [..., 3], turned right by `yaw` and up by `pitch` [...] (radians)."""
@@ -191,7 +191,7 @@ def _index(table, first, second):
     return grid[first + 1, second + 1]
 
 
-# ---- Injection ---------------------------------------------------------------------------------------------------------------
+# ---- Injection -------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Control:
@@ -201,7 +201,7 @@ class Control:
 
 @dataclass(frozen=True)
 class Condition:
-    """All that a velocity network is told besides noise: `text` (see `model.Spec`) and `control` of the same T frames."""
+    """What a velocity network is told besides noise: `text` (see `model.Spec`), `control` of the same T frames."""
     text: dict
     control: Control | None = None
 
@@ -232,7 +232,7 @@ class ActionEmbedding(nn.Module):
 
     def forward(self, control):                                                         # -> [B, T, D]
         a, digits = control.actions[..., None], torch.arange(9, device=control.actions.device)
-        move, turn = (a // 9 == digits) & (a >= 0), (a % 9 == digits) & (a >= 0)        # one-hot [B, T, 9]; no action, no row
+        move, turn = (a // 9 == digits) & (a >= 0), (a % 9 == digits) & (a >= 0)  # one-hot [B, T, 9]; no action, no row
         return move.float() @ self.translation + turn.float() @ self.rotation
 
 

@@ -22,7 +22,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Trips:
-    """Trajectories with exact ground truth: maps [N], states [N, T, 4], actions [N, T] (what happened), blocked [N, T]."""
+    """Trajectories with exact truth: maps [N], states [N, T, 4], actions (what happened) and blocked [N, T]."""
     maps: torch.Tensor
     states: torch.Tensor
     actions: torch.Tensor

@@ -1,11 +1,12 @@
 """Distribution matching distillation: the losses of stage 2.
 
-DMD (arXiv:2311.18828) moves a generator along the difference of two scores: the teacher's, of real data, and the critic's,
-of what the generator makes now. DMD2 (arXiv:2405.14867) drops the regression term and lets the critic learn faster.
+DMD (arXiv:2311.18828) moves a generator along the difference of two scores: the teacher's, of real data, and the
+critic's, of what the generator makes now. DMD2 (arXiv:2405.14867) drops the regression term and lets the critic learn
+faster.
 Networks enter as callables (x_t, sigma, cond) -> v with x_t [B, C, T, H, W] and sigma [B, T].
 
-`mask` [B, T] is true on the generated frames. The others, a real prefix, are clean context: teacher and critic get them at
-sigma 0, and neither the loss nor its normaliser counts them.
+`mask` [B, T] is true on the generated frames. The others, a real prefix, are clean context: teacher and critic get
+them at sigma 0, and neither the loss nor its normaliser counts them.
 """
 
 import torch

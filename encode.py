@@ -1,7 +1,7 @@
 """Frozen codecs: video <-> latents, prompt -> text states. Nothing here is trained.
 
-The embedded world's codec is one fixed orthonormal matrix: an 8x8 block DCT (Ahmed, Natarajan, Rao 1974) in an orthonormal
-luma / chroma space, of which the lowest frequencies are kept. It needs no weights and no download.
+The embedded world's codec is one fixed orthonormal matrix: an 8x8 block DCT (Ahmed, Natarajan, Rao 1974) in an
+orthonormal luma / chroma space, of which the lowest frequencies are kept. It needs no weights and no download.
 """
 
 import math
@@ -14,8 +14,9 @@ from common import generator
 
 BLOCK = 8                                       # pixels per latent, both ways
 KEEP = (16, 4, 4)                               # coefficients kept of luma, blue-yellow, red-green: 24 channels
-# Standard deviation of each kept coefficient over the world's frames (pixels in [-1, 1]); `python encode.py` measures them.
-DEVIATION = (3.6765, 0.77, 1.0335, 0.3891, 0.3933, 0.5924, 0.2044, 0.2801, 0.2428, 0.3646, 0.1554, 0.1264, 0.1988, 0.1719, 0.244, 0.0962,
+# Standard deviation of each kept coefficient over the world's frames (pixels in [-1, 1]): `python encode.py`.
+DEVIATION = (3.6765, 0.77, 1.0335, 0.3891, 0.3933, 0.5924, 0.2044, 0.2801, 0.2428, 0.3646, 0.1554, 0.1264, 0.1988,
+             0.1719, 0.244, 0.0962,
              2.4676, 0.3547, 0.5045, 0.171, 1.7576, 0.2502, 0.371, 0.1189)
 GAIN = 1.2677                                     # brings the latents' mean variance to 1
 
@@ -41,7 +42,7 @@ def basis():
 
 
 class TinyCodec:
-    """Codec of the embedded world: uint8 video [B, T, H, W, 3] <-> latents [B, 24, T, H/8, W/8], one latent per frame."""
+    """Codec of the embedded world: uint8 video [B, T, H, W, 3] <-> latents [B, 24, T, H/8, W/8], one per frame."""
 
     channels = sum(KEEP)
 
@@ -56,7 +57,8 @@ class TinyCodec:
 
     def encode(self, video):
         """uint8 [B, T, H, W, 3] -> float32 latents [B, C, T, H/8, W/8]."""
-        if video.dtype != torch.uint8 or video.ndim != 5 or video.shape[-1] != 3 or video.shape[2] % 8 or video.shape[3] % 8:
+        fits = video.dtype == torch.uint8 and video.ndim == 5 and video.shape[-1] == 3
+        if not fits or video.shape[2] % BLOCK or video.shape[3] % BLOCK:
             raise ValueError("the tiny codec takes uint8 video [B, T, H, W, 3] with H and W divisible by 8, "
                              f"got {video.dtype} {list(video.shape)}")
         x = video.to(self.device).float() / 127.5 - 1
@@ -76,7 +78,8 @@ class TinyCodec:
             words = prompt.lower().split()
             for word in words:
                 if word not in self.words:
-                    raise ValueError(f"the tiny world does not know the word '{word}'; it knows {', '.join(self.words)}")
+                    raise ValueError(f"the tiny world does not know the word '{word}'; it knows "
+                                     + ", ".join(self.words))
             if len(words) > len(row):
                 raise ValueError(f"a prompt has at most {len(row)} words, '{prompt}' has {len(words)}")
             for i, word in enumerate(words):

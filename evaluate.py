@@ -1,7 +1,8 @@
 """Quality against the exact world: does the dream obey the keys, look like the world, and follow the truth?
 
-An inverse-dynamics probe, trained on real frames only, reads the motion out of generated ones. All figures are means over
-held-out trajectories with 95 % bootstrap intervals.
+Truth is the re-rendered future, seen through the codec as everything the networks see and make.
+An inverse-dynamics probe, trained on real frames only, reads the motion out of generated ones. All figures are means
+over held-out trajectories with 95 % bootstrap intervals.
 
     python evaluate.py --student runs/stage2/student.safetensors          # teacher 50 and 4 steps, student 4 steps
     python evaluate.py --train_probe 6000                                 # makes assets/probe.safetensors
@@ -11,9 +12,11 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
@@ -24,14 +27,15 @@ from control import Condition, Control
 from data import Trips
 from encode import codec
 from flow import schedule
-from model import ASSETS, load
+from model import ASSETS, PRESETS, load
 from rollout import few_step, guided, ode, rollout, velocity_of
 
-START, HORIZON = 4, 32                          # real frames a sequence begins with, frames generated after them
-SECOND = world.FPS
+CONTROL = ("translation", "rotation", "both")
+CHUNK, SECOND = PRESETS["tiny"].chunk, world.FPS
+START, HORIZON = CHUNK, 32                      # real frames a sequence begins with, frames generated after them
 
 
-# ---- The probe ---------------------------------------------------------------------------------------------------------------
+# ---- The probe -------------------------------------------------------------------------------------------------------
 
 def convolution(channels, out, stride):
     return nn.Conv2d(channels, out, 3, stride, 1), nn.GroupNorm(8, out), nn.GELU()
@@ -43,8 +47,8 @@ class Probe(nn.Module):
     def __init__(self):
         super().__init__()
         self.early = nn.Sequential(nn.Conv2d(9, 48, 5, 2, 2), nn.GELU(), *convolution(48, 64, 2))
-        self.late = nn.Sequential(*convolution(64, 96, 2), *convolution(96, 96, 1), *convolution(96, 128, 2), nn.Flatten(),
-                                  nn.Linear(128 * 24, 256), nn.GELU())
+        self.late = nn.Sequential(*convolution(64, 96, 2), *convolution(96, 96, 1), *convolution(96, 128, 2),
+                                  nn.Flatten(), nn.Linear(128 * 24, 256), nn.GELU())
         self.head = nn.Linear(256, 18)
 
     def forward(self, video):
@@ -85,22 +89,22 @@ def train_probe(steps, path, device, batch=1024, length=8):
         optimizer.step()
         optimizer.zero_grad()
         rate.step()
-    save_file({k: v.cpu() for k, v in probe.state_dict().items()}, path)
+    save_file(probe.cpu().state_dict(), path)
 
 
 def load_probe(device, path=ASSETS / "probe.safetensors"):
-    if not Path(path).exists():
-        raise OSError(f"{path} is missing; python evaluate.py --train_probe 6000 makes it")
     probe = Probe().to(device)
-    probe.load_state_dict(load_file(path), strict=True)
+    try:
+        probe.load_state_dict(load_file(path), strict=True)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise OSError(f"{path} is not a probe ({error}); python evaluate.py --train_probe 6000 makes one") from None
     return probe.eval()
 
 
-# ---- Sequences and samplers --------------------------------------------------------------------------------------------------
+# ---- Sequences and samplers ------------------------------------------------------------------------------------------
 
-@dataclass(frozen=True)
-class Sampler:
-    """How a network is rolled out: `steps` a chunk, guidance, Euler ODE (a teacher) or few-step renoising (a student)."""
+class Sampler(NamedTuple):
+    """How a network is rolled out: steps a chunk, guidance, Euler ODE (a teacher) or few-step renoising (a student)."""
     name: str
     model: nn.Module
     steps: int
@@ -115,25 +119,29 @@ def held_out(clips, seed, horizon=HORIZON):
 
 @torch.no_grad()
 def dream(sampler, coder, trips, video, seed, piece=128):
-    """Generate the frames after the START real ones of `video`. Returns uint8 [N, T, H, W, 3] and milliseconds a chunk."""
-    spec, captions, out, spent = sampler.model.spec, coder.text(world.CAPTIONS), [], 0.0
+    """`video` uint8 [N, T, H, W, 3] with the frames after the START real ones generated, `piece` sequences at once."""
+    spec, captions, out = sampler.model.spec, coder.text(world.CAPTIONS), []
     velocity = guided(velocity_of(sampler.model), sampler.guidance, coder.text([spec.negative]))
     random = generator(seed, "dream")
     for i in tqdm(range(0, len(video), piece), desc=sampler.name, leave=False):
-        maps, actions = trips.maps[i:i + piece].to(coder.device), trips.actions[i:i + piece].to(coder.device)
+        maps = trips.maps[i:i + piece].to(coder.device)
+        actions = trips.actions[i:i + piece, :video.shape[1]].to(coder.device)
         condition = Condition({k: v[maps] for k, v in captions.items()}, Control(actions))
         prefix = coder.encode(video[i:i + piece, :START])
-        begin = time.perf_counter()
-        x = rollout(velocity, condition, prefix, actions.shape[1], schedule(sampler.steps, spec.shift), spec.chunk,
-                    spec.window, lambda shape: torch.randn(shape, generator=random).to(coder.device),
-                    ode if sampler.ode else few_step)
-        out.append(coder.decode(x))                                                     # on the CPU: the GPU has finished
-        spent += time.perf_counter() - begin
-    chunks = (video.shape[1] - START) / spec.chunk
-    return torch.cat(out), 1000 * spent / chunks / len(video)
+        out.append(coder.decode(rollout(
+            velocity, condition, prefix, actions.shape[1], schedule(sampler.steps, spec.shift), spec.chunk, spec.window,
+            lambda shape: torch.randn(shape, generator=random).to(coder.device), ode if sampler.ode else few_step)))
+    return torch.cat(out)
 
 
-# ---- Metrics: one number or tensor per sequence, so that intervals come from resampling sequences -----------------------------------
+def latency(sampler, coder, trips, video, chunks=2):
+    """Milliseconds a chunk for one player, from an 8-frame history on."""
+    begin = time.perf_counter()
+    dream(sampler, coder, trips.part(0, 1), video[:1, :START + chunks * CHUNK], 0)
+    return 1000 * (time.perf_counter() - begin) / chunks
+
+
+# ---- Metrics: one number or tensor per sequence, so that intervals come from resampling sequences --------------------
 
 def psnr(a, b):
     """[N, T] peak signal-to-noise ratio in dB of uint8 videos."""
@@ -143,17 +151,16 @@ def psnr(a, b):
 
 def gradient(video):
     """[N, T] mean absolute spatial gradient: sharpness."""
-    x = video.float()
-    return (x[:, :, 1:] - x[:, :, :-1]).abs().mean((2, 3, 4)) + (x[:, :, :, 1:] - x[:, :, :, :-1]).abs().mean((2, 3, 4))
+    return sum(video.float().diff(dim=axis).abs().mean((2, 3, 4)) for axis in (2, 3))
 
 
 def change(video):
     """[N, T-1] mean absolute difference of successive frames: motion."""
-    return (video[:, 1:].float() - video[:, :-1].float()).abs().mean((2, 3, 4))
+    return video.float().diff(dim=1).abs().mean((2, 3, 4))
 
 
 def frechet(a, b):
-    """Frechet distance between Gaussian fits of features [n, d] (FID, arXiv:1706.08500), float64."""
+    """Frechet distance of Gaussian fits to features [n, d] (FID, arXiv:1706.08500); only equal n compare."""
     (ma, ca), (mb, cb) = ((x.mean(0), torch.cov(x.T)) for x in (a, b))
     values, vectors = torch.linalg.eigh(ca)
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T                             # symmetric square root of ca
@@ -162,34 +169,33 @@ def frechet(a, b):
 
 
 def bootstrap(figure, count, draws=200):
-    """`figure(index)` on all `count` sequences, and its 95 % interval over resampled ones: [value, low, high]."""
+    """`figure(index)` of all `count` sequences, and 1.96 standard deviations over resampled ones: [value, low, high].
+    Percentiles would be biased for the Frechet distance, which grows when sequences repeat."""
     g = torch.Generator().manual_seed(0)
     values = torch.tensor([figure(torch.randint(count, (count,), generator=g)) for _ in range(draws)]).double()
-    low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return [figure(torch.arange(count)), low, high]
+    value, half = figure(torch.arange(count)), 1.96 * float(values.std())
+    return [value, value - half, value + half]
 
 
 def measure(video, truth, trips, probe):
-    """Figures {name: [value, low, high]} of generated `video` against the exact `truth`, both uint8 [N, START + T, H, W, 3]."""
-    N, second = len(video), slice(START - 1, START - 1 + SECOND)                        # motions of the first second
+    """Figures {name: [value, low, high]} of generated `video` against `truth`, both uint8 [N, START + T, H, W, 3]."""
+    N, fresh, second = len(video), video.shape[1] - START, slice(START - 1, START - 1 + SECOND)    # second: motions
     read, features = probe.read(video)
     _, real_features = probe.read(truth)
     wanted, free = trips.actions[:, 1:], ~trips.blocked[:, 1:]
     right = torch.stack([read[..., 0] == wanted // 9, read[..., 1] == wanted % 9], -1)  # [N, T-1, 2]
 
-    figures = {}
-    for name, frames in (("1s", second), ("all", slice(START - 1, None))):
-        ok, use = right[:, frames].double(), free[:, frames].double()
-        for axis, got in (("translation", ok[..., 0]), ("rotation", ok[..., 1]), ("both", ok.prod(-1))):
+    figures, every = {}, slice(START - 1, None)
+    for name, frames, use in (("1s", second, free), ("all", every, free), ("with blocked", every, free | True)):
+        ok, use = right[:, frames].double(), use[:, frames].double()
+        for axis, got in zip(CONTROL, (ok[..., 0], ok[..., 1], ok.prod(-1))):
             figures[f"{axis} {name}"] = lambda i, got=got, use=use: 100 * float((got[i] * use[i]).sum() / use[i].sum())
-            if name == "all":
-                figures[f"{axis} with blocked"] = lambda i, got=got: 100 * float(got[i].mean())
 
     near = slice(START - 1 + SECOND // 2, START - 1 + SECOND)                           # 0.5 to 1 s after the start
     a, b = features[:, near], real_features[:, near]
     figures["frechet"] = lambda i: frechet(a[i].flatten(0, 1), b[i].flatten(0, 1))
     for name, f in (("sharpness", gradient), ("motion", change)):
-        x, y = f(video)[:, START - 1:], f(truth)[:, START - 1:]
+        x, y = f(video)[:, -fresh:], f(truth)[:, -fresh:]
         figures[name] = lambda i, x=x, y=y: float(x[i].mean() / y[i].mean())
     quality = psnr(video, truth)
     for seconds in (0.5, 1, 2, 4):
@@ -197,8 +203,8 @@ def measure(video, truth, trips, probe):
         if frame < video.shape[1]:
             figures[f"psnr {seconds}s"] = lambda i, frame=frame: float(quality[i, frame].mean())
     moved, true = change(video), change(truth)
-    border = torch.arange(START - 1, video.shape[1] - 1, 4)                             # into the first frame of a chunk
-    inside = torch.tensor([t for t in range(START - 1, video.shape[1] - 1) if (t - START + 1) % 4])
+    border = torch.arange(START - 1, video.shape[1] - 1, CHUNK)                        # into the first frame of a chunk
+    inside = torch.tensor([t for t in range(START - 1, video.shape[1] - 1) if (t - START + 1) % CHUNK])
     figures["seam"] = lambda i: float((moved[i][:, border].mean() / true[i][:, border].mean())
                                       / (moved[i][:, inside].mean() / true[i][:, inside].mean()))
     return {name: bootstrap(figure, N) for name, figure in figures.items()}
@@ -206,25 +212,26 @@ def measure(video, truth, trips, probe):
 
 def still(sampler, coder, clips, seed):
     """PSNR in dB over one second of standing still, against the codec's reconstruction of the start."""
-    trips = held_out(clips, seed, 0)
-    trips = Trips(trips.maps, trips.states[:, -1:].expand(-1, START + SECOND, -1),
-                  torch.zeros(clips, START + SECOND, dtype=torch.long), torch.zeros(clips, START + SECOND, dtype=torch.bool))
+    trips, none = held_out(clips, seed, 0), torch.zeros(clips, START + SECOND, dtype=torch.long)
+    trips = Trips(trips.maps, trips.states[:, -1:].expand(-1, START + SECOND, -1), none, none.bool())
     video = trips.video()
-    quality = psnr(dream(sampler, coder, trips, video, seed)[0], coder.decode(coder.encode(video)))[:, START:].mean(1)
+    quality = psnr(dream(sampler, coder, trips, video, seed), coder.decode(coder.encode(video)))[:, START:].mean(1)
     return bootstrap(lambda i: float(quality[i].mean()), clips)
 
 
 def evaluate(samplers, clips, seed, device, piece=128):
-    """Every sampler on the same held-out sequences. Returns {sampler: {figure: [value, low, high]}}; "real" is the probe's ceiling."""
+    """All samplers on the same held-out sequences: {sampler: {figure: [value, low, high]}}, videos, sequences."""
     coder, probe = codec(samplers[0].model.spec.name, device), load_probe(device)
     trips = held_out(clips, seed)
     truth = trips.video(device).cpu()
     coded = coder.decode(coder.encode(truth))
-    results, videos = {"real video": measure(coded, coded, trips, probe)}, {"truth": truth}
-    copy = torch.cat([coded[:, :START], coded[:, START - 1:START].expand(-1, HORIZON, -1, -1, -1)], 1)
-    results["copy the last frame"] = measure(copy, coded, trips, probe)
+    ceiling = {k: v for k, v in measure(coded, coded, trips, probe).items() if k.startswith(CONTROL)}
+    results, videos = {"real video": ceiling}, {"truth": truth}
+    copy = coded[:, [*range(START)] + [START - 1] * HORIZON]
+    results["copy the last frame"] = {k: v for k, v in measure(copy, coded, trips, probe).items() if k != "seam"}
     for sampler in samplers:
-        videos[sampler.name], ms = dream(sampler, coder, trips, truth, seed, piece)
+        videos[sampler.name] = dream(sampler, coder, trips, truth, seed, piece)
+        ms = latency(sampler, coder, trips, truth)
         results[sampler.name] = {**measure(videos[sampler.name], coded, trips, probe), "ms a chunk": [ms, ms, ms],
                                  "still": still(sampler, coder, min(clips, 64), seed)}
     return results, videos, trips
@@ -261,11 +268,11 @@ class Config:
         require_positive(self, "clips", "seeds", "teacher_steps")
 
 
-def samplers_of(teacher, student, steps, guidance):
-    """The three rows every comparison has; the teacher at 4 steps is unguided: the student's cost."""
+def samplers_of(teacher, student, guidance, steps=50, few=4):
+    """The rows of every comparison; the teacher at `few` steps is unguided: it costs what the student costs."""
     rows = [Sampler(f"teacher, {steps} steps, guided", teacher, steps, guidance, True),
-            Sampler("teacher, 4 steps", teacher, 4, 1.0, True)]
-    return rows + ([Sampler("student, 4 steps", student, 4, 1.0, False)] if student is not None else [])
+            Sampler(f"teacher, {few} steps", teacher, few, 1.0, True)]
+    return rows + ([Sampler(f"student, {few} steps", student, few, 1.0, False)] if student is not None else [])
 
 
 def main(cfg):
@@ -274,13 +281,15 @@ def main(cfg):
         if cfg.train_probe:
             train_probe(cfg.train_probe, ASSETS / "probe.safetensors", device)
         load_probe(device)
+        if cfg.out:
+            Path(cfg.out).touch()
         teacher = load(cfg.backbone, cfg.teacher, device)
         shipped = ASSETS / f"{cfg.backbone}-student.safetensors"
         student = load(cfg.backbone, cfg.student or shipped, device) if cfg.student or shipped.exists() else None
     guidance = cfg.guidance or teacher.spec.guidance
     report = {"settings": vars(cfg), **provenance(), "seeds": []}
     for seed in range(1000, 1000 + cfg.seeds):
-        results, _, _ = evaluate(samplers_of(teacher, student, cfg.teacher_steps, guidance), cfg.clips, seed, device)
+        results, _, _ = evaluate(samplers_of(teacher, student, guidance, cfg.teacher_steps), cfg.clips, seed, device)
         report["seeds"].append(results)
         print(f"\nseed {seed}, {cfg.clips} held-out sequences\n{table(results)}")
         if cfg.out:

@@ -9,6 +9,7 @@ needs no key map; what this project adds lives under `control.`.
 
 import json
 import math
+import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,20 +62,20 @@ class Spec:
 
 WAN_NEGATIVE = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，"
                 "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
-TINY = Spec("tiny", dim=192, heads=6, ffn=768, layers=8, channels=24, stride=(1, 8, 8), size=(12, 64, 96), fps=8, shift=3.0,
-            guidance=2.0, text_dim=64, text_len=16, window=12, source="tiny-stage1.safetensors")
+TINY = Spec("tiny", dim=192, heads=6, ffn=768, layers=8, channels=24, stride=(1, 8, 8), size=(12, 64, 96), fps=8,
+            shift=3.0, guidance=2.0, text_dim=64, text_len=16, window=12, source="tiny-stage1.safetensors")
 WAN21 = Spec("wan2.1-1.3b", dim=1536, heads=12, ffn=8960, layers=30, channels=16, stride=(4, 8, 8), size=(81, 480, 832),
              fps=16, shift=5.0, guidance=5.0, negative=WAN_NEGATIVE, source="Wan-AI/Wan2.1-T2V-1.3B")
 PRESETS = {spec.name: spec for spec in (
     TINY,
     replace(TINY, name="small", dim=224, heads=7, ffn=896, source="small-stage1.safetensors"),
     WAN21,
-    replace(WAN21, name="wan2.2-5b", dim=3072, heads=24, ffn=14336, channels=48, stride=(4, 16, 16), size=(121, 704, 1280),
-            fps=24, source="Wan-AI/Wan2.2-TI2V-5B"),
+    replace(WAN21, name="wan2.2-5b", dim=3072, heads=24, ffn=14336, channels=48, stride=(4, 16, 16),
+            size=(121, 704, 1280), fps=24, source="Wan-AI/Wan2.2-TI2V-5B"),
 )}
 
 
-# ---- Pieces ------------------------------------------------------------------------------------------------------------------
+# ---- Pieces ----------------------------------------------------------------------------------------------------------
 
 def layer_norm(x, eps):
     """LayerNorm without parameters, in fp32."""
@@ -149,7 +150,7 @@ class Attention(nn.Module):
         return self.o(rearrange(y, "b h n d -> b n (h d)"))
 
 
-# ---- Wan ---------------------------------------------------------------------------------------------------------------------
+# ---- Wan -------------------------------------------------------------------------------------------------------------
 
 class WanBlock(nn.Module):
     """Transformer block of Wan: self-attention, cross-attention to the text, MLP (arXiv:2503.20314, section 4).
@@ -212,7 +213,7 @@ class Wan(nn.Module):
         """The official initialisation: Xavier linears, N(0, 0.02) embeddings, a head that starts at zero."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv3d)):
-                nn.init.xavier_uniform_(module.weight.flatten(1))                       # a view: fills the weight itself
+                nn.init.xavier_uniform_(module.weight.flatten(1))                      # a view: fills the weight itself
                 nn.init.zeros_(module.bias)
         for layer in (self.text_embedding[0], self.text_embedding[2], self.time_embedding[0], self.time_embedding[2]):
             nn.init.normal_(layer.weight, std=0.02)
@@ -238,7 +239,7 @@ class Wan(nn.Module):
         frames = torch.arange(T, device=x.device) if frames is None else frames
         rope = rope_angles(frames, H // q, W // r, p.dim // p.heads)
 
-        with torch.autocast(x.device.type, enabled=False):                              # the time path is never below fp32
+        with torch.autocast(x.device.type, enabled=False):                           # the time path is never below fp32
             e = self.time_embedding(sinusoid(1000 * sigma.double(), p.freq_dim))        # [B, T, D]
             if control is not None:
                 e = e + self.inject(control, B, T)
@@ -246,8 +247,8 @@ class Wan(nn.Module):
 
         context = self.embed_text(text["text"])                                         # [B, S, D]
         x = rearrange(x, "b c t (h q) (w r) -> b t (h w) (c q r)", q=q, r=r)            # [B, T, L, C * q * r]
-        x = F.linear(x, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)     # the convolution, without overlap
-        x = x.float()                                                                   # [B, T, L, D]; the residual stream is fp32
+        x = F.linear(x, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)  # the convolution
+        x = x.float()                                                        # [B, T, L, D]; the residual stream is fp32
         for block in self.blocks:
             x = block(x, e6, context, rope)
         with torch.autocast(x.device.type, enabled=False):
@@ -265,11 +266,12 @@ class Wan(nn.Module):
         """Zero-pad to text_len rows, then embed: the padding becomes a learned constant that is attended to."""
         missing = self.spec.text_len - states.shape[1]
         if missing < 0 or states.shape[2] != self.spec.text_dim:
-            raise ValueError(f"text states are [B, <= {self.spec.text_len}, {self.spec.text_dim}], got {list(states.shape)}")
+            raise ValueError(f"text states are [B, <= {self.spec.text_len}, {self.spec.text_dim}], "
+                             f"got {list(states.shape)}")
         return self.text_embedding(F.pad(states, (0, 0, 0, missing)))
 
 
-# ---- Build, load, save -------------------------------------------------------------------------------------------------------
+# ---- Build, load, save -----------------------------------------------------------------------------------------------
 
 def preset(name, **fields):
     """The `Spec` of a preset, with `fields` overriding its own."""
@@ -286,6 +288,9 @@ def build(name, control="adaln", **fields):
     return model if control is None else control_module.attach(model, control)
 
 
+FP32 = re.compile(r"^(time_|head|control)|norm|modulation")    # what the official run computes in fp32 stays in fp32
+
+
 def compile_blocks(model):
     """Compile each transformer block in place; all share one compilation per shape. What stays eager is small."""
     for block in model.blocks:
@@ -296,7 +301,8 @@ def compile_blocks(model):
 def load(name, source=None, device="cpu", dtype=torch.float32, **fields):
     """A backbone filled from `source`: a safetensors file, a folder in the official layout, or a hub repository id.
 
-    The file's keys must be the model's keys; control parameters are optional, for official files have none.
+    The file's keys must be the model's keys; control parameters are optional, for official files have none. With
+    bfloat16 weights run it under torch.autocast; the time path, norms and head keep fp32 weights.
     Errors (ValueError, OSError) name the file and the key.
     """
     spec = preset(name, **fields)
@@ -312,9 +318,10 @@ def load(name, source=None, device="cpu", dtype=torch.float32, **fields):
         if key not in expected:
             raise ValueError(f"{origin} has a tensor '{key}' that {name} does not know; is it a checkpoint of {name}?")
         if tensors[key].shape != expected[key].shape:
-            raise ValueError(f"{origin}: '{key}' is {list(tensors[key].shape)}, but {name} needs {list(expected[key].shape)}; "
-                             f"is it a checkpoint of {name}?")
-    model.load_state_dict({k: v.to(device, dtype) for k, v in tensors.items()}, strict=True, assign=True)
+            raise ValueError(f"{origin}: '{key}' is {list(tensors[key].shape)}, but {name} needs "
+                             f"{list(expected[key].shape)}; is it a checkpoint of {name}?")
+    tensors = {k: v.to(device, torch.float32 if FP32.search(k) else dtype) for k, v in tensors.items()}
+    model.load_state_dict(tensors, strict=True, assign=True)
     return model.requires_grad_(True)
 
 
@@ -324,7 +331,7 @@ def default_source(spec):
 
 
 def weight_files(source):
-    """The safetensors files of a checkpoint: one file, a folder (single or sharded with an index), or a hub repository."""
+    """The safetensors files of a checkpoint: one file, a folder (single or sharded with an index), a hub repository."""
     path = Path(source)
     if not path.exists() and str(source).count("/") == 1 and not path.suffix:
         try:
@@ -351,17 +358,18 @@ def read_weights(source, name):
             with safe_open(file, "pt") as reader:
                 made_for = (reader.metadata() or {}).get("backbone", name)
                 if made_for != name:
-                    raise ValueError(f"{file} was made for the backbone {made_for}, not {name}; give --backbone {made_for}")
+                    raise ValueError(f"{file} was made for the backbone {made_for}, not {name}; "
+                                     f"give --backbone {made_for}")
                 tensors.update({key: reader.get_tensor(key) for key in reader.keys()})
         except FileNotFoundError:
-            raise OSError(f"checkpoint {file} does not exist; give a safetensors file, a folder or a hub repository id") from None
+            raise OSError(f"checkpoint {file} does not exist, though {source} names it; fetch it again") from None
         except SafetensorError as error:
             raise OSError(f"{file} is not a complete safetensors file ({error}); fetch or make it again") from None
     return tensors, str(files[0] if len(files) == 1 else files[0].parent)
 
 
 def save(model, path, dtype=torch.bfloat16, weights=None, **notes):
-    """Write `weights` (default: the model's) as one safetensors file; `notes` go into its header beside the backbone."""
+    """Write `weights` (default: the model's) as one safetensors file; `notes` go into its header."""
     weights = weights or model.state_dict()
     path, partial = Path(path), Path(f"{path}.partial")
     header = {"backbone": model.spec.name, **{k: str(v) for k, v in notes.items()}}
@@ -369,10 +377,10 @@ def save(model, path, dtype=torch.bfloat16, weights=None, **notes):
     partial.rename(path)
 
 
-# ---- Counting ----------------------------------------------------------------------------------------------------------------
+# ---- Counting --------------------------------------------------------------------------------------------------------
 
 def flops(spec, frames, rows, columns, text=None):
-    """Operations of one forward on a token grid: {"linear", "self_attention", "cross_attention"}; a multiply-add is two."""
+    """Operations of one forward on a token grid, by kind; a multiply-add is two."""
     D, N, S = spec.dim, frames * rows * columns, text or spec.text_len
     block = 12 * N * D ** 2 + 4 * S * D ** 2 + 4 * N * D * spec.ffn
     ends = 4 * N * spec.channels * math.prod(spec.patch) * D + 2 * S * (spec.text_dim * D + D ** 2)
@@ -393,9 +401,11 @@ def describe(name):
     cost = flops(spec, T, rows, columns)
     return "\n".join([
         f"{name}: {count:,} parameters, {spec.layers} layers, width {spec.dim}, {spec.heads} heads, MLP {spec.ffn}",
-        f"{frames} frames of {height}x{width} at {spec.fps} fps = latents [{spec.channels}, {T}, {height // spec.stride[1]}, "
-        f"{width // spec.stride[2]}] = {T} x {rows * columns} = {T * rows * columns:,} tokens",
-        "one forward: " + ", ".join(f"{k} {v / 1e12:.4g}" for k, v in cost.items()) + f", total {sum(cost.values()) / 1e12:.4g} TFLOP"])
+        f"{frames} frames of {height}x{width} at {spec.fps} fps = latents [{spec.channels}, {T}, "
+        f"{height // spec.stride[1]}, {width // spec.stride[2]}] = "
+        f"{T} x {rows * columns} = {T * rows * columns:,} tokens",
+        "one forward, TFLOP: " + ", ".join(f"{k} {v / 1e12:.4g}" for k, v in cost.items())
+        + f", total {sum(cost.values()) / 1e12:.4g}"])
 
 
 if __name__ == "__main__":

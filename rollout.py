@@ -7,8 +7,7 @@ features depend on the noisy chunk.
     python rollout.py --actions "w-8, right-12, w+left-8" --out walk.mp4
 """
 
-import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ import torch
 from PIL import Image, ImageDraw
 
 import world
-from common import autocast, fail, generator, one_line_errors, parse, setup
+from common import autocast, generator, one_line_errors, parse, setup
 from control import Condition, Control, check_actions, keys_from_label, parse_actions
 from encode import codec
 from flow import add_noise, euler, guide, schedule, velocity_to_x0
@@ -43,7 +42,7 @@ def guided(velocity, scale, null_text):
     return both
 
 
-# ---- One chunk ---------------------------------------------------------------------------------------------------------------
+# ---- One chunk -------------------------------------------------------------------------------------------------------
 
 def chunk_velocity(velocity, history, x, sigma, condition):
     """Velocity of the noisy chunk `x` [B, C, K, H, W] at level `sigma` behind clean `history` [B, C, n, H, W]."""
@@ -56,9 +55,9 @@ def chunk_velocity(velocity, history, x, sigma, condition):
 def few_step(velocity, history, shape, sigmas, condition, noise, grad_step=None):
     """Few-step generator: predict x0, renoise to the next level, repeat. Returns (sample, finished), [B, C, K, H, W].
 
-    Without `grad_step` both are the result of all steps. With it, `sample` is the x0 predicted at that step, the only one
-    that builds a graph (Self Forcing, arXiv:2506.08009); the remaining steps run without, and `finished`, detached, is
-    what the next chunk sees: the history that inference would have.
+    Without `grad_step` both are the result of all steps. With it, `sample` is the x0 predicted at that step, the only
+    one that builds a graph (Self Forcing, arXiv:2506.08009); the remaining steps run without, and `finished`, detached,
+    is what the next chunk sees: the history that inference would have.
     """
     x, sample, outer = noise(shape), None, torch.is_grad_enabled()
     for i, sigma in enumerate(sigmas[:-1]):
@@ -77,13 +76,13 @@ def ode(velocity, history, shape, sigmas, condition, noise):
     return x, x
 
 
-# ---- Many chunks -------------------------------------------------------------------------------------------------------------
+# ---- Many chunks -----------------------------------------------------------------------------------------------------
 
 def rollout(velocity, condition, prefix, frames, sigmas, chunk, window, noise, sampler=few_step, **options):
     """Extend the clean `prefix` [B, C, n, H, W] (n may be 0) to `frames` latent frames, `chunk` at a time.
 
-    Each chunk sees the latest `window - chunk` clean frames. The condition covers all `frames`; a chunk is told only the
-    labels of its own window, so later actions cannot change earlier chunks. Gradient never flows through history.
+    Each chunk sees the latest `window - chunk` clean frames. The condition covers all `frames`; a chunk is told only
+    the labels of its own window, so later actions cannot change earlier chunks. Gradient never flows through history.
     Returns [B, C, frames, H, W]; `options` go to the sampler.
     """
     B, C, n, H, W = prefix.shape
@@ -98,12 +97,13 @@ def rollout(velocity, condition, prefix, frames, sigmas, chunk, window, noise, s
     return torch.cat(samples, 2)
 
 
-# ---- A world to play in ------------------------------------------------------------------------------------------------------
+# ---- A world to play in ----------------------------------------------------------------------------------------------
 
 class WorldModel:
     """The one interface for a person, an agent and a metric: `reset`, then `step(actions)`. Same seed, same frames.
 
-    `steps` few-step denoising by a student, or the teacher's ODE with `guidance` when `ode` is true.
+    `steps` of a student's few-step denoising a chunk, or of the teacher's ODE with `guidance` when `use_ode`. A last
+    chunk may be shorter than K frames.
     """
 
     def __init__(self, model, steps=4, guidance=1.0, use_ode=False):
@@ -113,7 +113,7 @@ class WorldModel:
         self.sigmas, self.sampler = schedule(steps, model.spec.shift), ode if use_ode else few_step
 
     def reset(self, prompt=None, first=None, seed=0, actions=None):
-        """Begin at the frames `first` (uint8 [F, H, W, 3]; labels `actions` [F], default still) or, without, dream a start.
+        """Begin at the frames `first` (uint8 [F, H, W, 3]; labels `actions` [F], default still), or dream a start.
 
         Returns the start as uint8 [F, H, W, 3].
         """
@@ -153,7 +153,7 @@ class WorldModel:
         return torch.randn(shape, generator=self.random).to(self.device)
 
 
-# ---- Pictures ----------------------------------------------------------------------------------------------------------------
+# ---- Pictures --------------------------------------------------------------------------------------------------------
 
 KEY_PLACES = {"w": (1, 0), "a": (0, 1), "s": (1, 1), "d": (2, 1),       # column, row of a key on the overlay
               "up": (5, 0), "left": (4, 1), "down": (5, 1), "right": (6, 1)}
@@ -165,19 +165,22 @@ def draw_keys(frames, actions, scale=4, titles=()):
     """Enlarge uint8 frames [T, H, W, 3] by `scale`, with the pressed keys and, side by side, `titles` on top."""
     out, key = [], 5 * scale
     for frame, action in zip(frames, actions):
-        picture = Image.fromarray(np.asarray(frame)).resize((frame.shape[1] * scale, frame.shape[0] * scale), Image.NEAREST)
+        picture = Image.fromarray(np.asarray(frame))
+        picture = picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
         draw, pressed = ImageDraw.Draw(picture, "RGBA"), keys_from_label(int(action))
         for name, (column, row) in KEY_PLACES.items():
             x, y = scale + column * key, picture.height - (3 - row) * key + 3 * scale
             down = name in pressed
-            draw.rectangle((x, y, x + key - 3, y + key - 3), (255, 255, 255, 230) if down else (0, 0, 0, 70), (255, 255, 255, 160))
+            fill = (255, 255, 255, 230) if down else (0, 0, 0, 70)
+            draw.rectangle((x, y, x + key - 3, y + key - 3), fill, (255, 255, 255, 160))
             ink = (20, 20, 20, 255) if down else (255, 255, 255, 200)
             if name in ARROWS:
                 draw.polygon([(x + u * (key - 3), y + v * (key - 3)) for u, v in ARROWS[name]], ink)
             else:
                 draw.text((x + key / 2 - 1, y + key / 2 - 1), name.upper(), ink, anchor="mm")
         for i, title in enumerate(titles):
-            draw.text((picture.width * i // len(titles) + 2 * scale, scale), title, (255, 255, 255, 255), stroke_width=1, stroke_fill=(0, 0, 0))
+            place = (picture.width * i // len(titles) + 2 * scale, scale)
+            draw.text(place, title, "white", stroke_width=1, stroke_fill="black")
         out.append(np.asarray(picture))
     return np.stack(out)
 
@@ -200,7 +203,8 @@ class Config:
     weights: str = ""                           # safetensors of a student or teacher; empty: the shipped student
     prompt: str = ""                            # caption; empty: that of --map
     map: int = 0                                # start in this map of the embedded world (0..3)
-    start: str = "frame"                        # frame: one exact view (i2v); clip: four (v2v); dream: none (t2v)
+    start: str = "clip"                         # clip: four exact views (v2v); frame: one (i2v); dream: none (t2v)
+    truth: bool = False                         # show the exact world, given the same keys, beside the dream
     steps: int = 4                              # denoising steps a chunk
     guidance: float = 1.0                       # of the teacher; a student needs none
     ode: bool = False                           # the teacher's Euler sampler instead of the student's
@@ -209,6 +213,8 @@ class Config:
     def __post_init__(self):
         if self.start not in ("frame", "clip", "dream"):
             raise ValueError(f"--start is frame, clip or dream, got '{self.start}'")
+        if self.truth and self.start == "dream":
+            raise ValueError("--truth needs a start in the exact world: --start frame or clip")
         if Path(self.out).suffix not in (".mp4", ".gif"):
             raise ValueError(f"--out ends in .mp4 or .gif, got '{self.out}'")
         if self.steps < 1:
@@ -226,9 +232,15 @@ def main(cfg):
         first = None if cfg.start == "dream" else place.step([0] * (4 if cfg.start == "clip" else 1))
         frames = [model.reset(cfg.prompt or world.CAPTIONS[cfg.map], first, cfg.seed)]
         Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
-    frames.append(model.step(labels[1:]))
-    keys = [0] * len(frames[0]) + labels[1:].tolist()
-    write_video(cfg.out, draw_keys(torch.cat(frames), keys), model.spec.fps)
+    if cfg.truth:                                       # a key that a wall stops is passed on as what happened
+        labels[1:] = world.walk(place.maps, place.state[None], labels[None, 1:])[1][0]
+    frames = torch.cat([*frames, model.step(labels[1:])])                               # [T, H, W, 3]
+    keys = [0] * (len(frames) - len(labels) + 1) + labels[1:].tolist()
+    if cfg.truth:
+        exact = torch.cat([first, place.step(labels[1:])])
+        frames = torch.cat([exact, frames], 2)                                          # side by side
+    titles = ("truth", f"dream, {cfg.steps} steps a chunk") if cfg.truth else ()
+    write_video(cfg.out, draw_keys(frames, keys, 3 if cfg.truth else 4, titles), model.spec.fps)
     print(f"{cfg.out}: {len(keys)} frames, {len(keys) / model.spec.fps:.1f} s")
 
 

@@ -3,8 +3,8 @@
 Flow matching on clips whose first n frames stay clean at sigma 0 (n = 0 text-, 1 image-, more video-to-video), with the
 action of every frame, and caption and actions dropped now and then so that the teacher can be guided.
 
-    torchrun train_stage1.py --steps 20                                  # anywhere
-    torchrun train_stage1.py --steps 24000 --batch 256 --compile         # the shipped teacher, one GPU
+    torchrun train_stage1.py --steps 20                                              # anywhere
+    torchrun train_stage1.py --steps 20000 --batch 256 --compile --cuda_graphs       # a good teacher, one GPU
 """
 
 import math
@@ -28,7 +28,7 @@ from rollout import velocity_of
 class Config:
     """Stage 1 of BiWM: control fine-tuning. Running the same command again resumes."""
     backbone: str = "tiny"          # a preset of model.py
-    init: str = ""                  # weights to start from; empty: random for tiny and small
+    init: str = ""                  # weights to start from; empty: random
     out: str = "runs/stage1"        # run folder
     steps: int = 2000               # optimizer steps
     seed: int = 0                   # of everything random
@@ -56,6 +56,8 @@ class Config:
             raise ValueError(f"unknown backbone '{self.backbone}'; choose {', '.join(PRESETS)}")
         if min(self.t2v, self.i2v) < 0 or self.t2v + self.i2v > 1:
             raise ValueError(f"--t2v {self.t2v} and --i2v {self.i2v} are shares: not negative, at most 1 together")
+        if not 0 <= self.ema < 1 or not 0 <= self.drop_text < 1 or not 0 <= self.drop_actions < 1 or self.warmup < 0:
+            raise ValueError("--ema, --drop_text and --drop_actions are within 0..1, below 1; --warmup is not negative")
         if self.cuda_graphs and not (self.compile and torch.cuda.is_available()):
             raise ValueError("--cuda_graphs needs --compile and a GPU")
         if self.frames < 2 * PRESETS[self.backbone].chunk:
@@ -70,7 +72,7 @@ def draw_prefix(cfg, chunk, batch, frames, device):
 
 
 def drop(condition, empty, cfg):
-    """Withhold caption and actions independently (classifier-free guidance); a window's first label is half the time still."""
+    """Withhold caption and actions independently, for guidance; a window's first label is half the time still."""
     actions = condition.control.actions.clone()
     B, device = actions.shape[0], actions.device
     actions[:, 0] *= torch.rand(B, device=device) < 0.5
@@ -122,12 +124,19 @@ def learning_rate(step, cfg):
     return cfg.lr * min((step + 1) / max(cfg.warmup, 1), 1.0) * 0.5 * (1 + math.cos(math.pi * step / cfg.steps))
 
 
+def adamw(model, cfg, device):
+    """AdamW; biases and norms are not decayed."""
+    groups = [{"params": [p for p in model.parameters() if p.ndim > 1]},
+              {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, cfg.lr, (0.9, 0.99), weight_decay=cfg.decay, fused=device.type == "cuda")
+
+
 def prepare(cfg):
     """The networks, the data and the run folder; bad input ends here with one line."""
     device = setup()
+    coder = codec(cfg.backbone, device)
     reseed(cfg.seed, "initialisation")
     model = load(cfg.backbone, cfg.init, device) if cfg.init else build(cfg.backbone).to(device)
-    coder = codec(cfg.backbone, device)
     stream = WorldStream(coder, cfg.seed, cfg.pool, max(48, cfg.frames), cfg.refresh)
     return device, model, coder, stream, Run(cfg.out, cfg)
 
@@ -135,13 +144,10 @@ def prepare(cfg):
 def main(cfg):
     with one_line_errors():
         device, model, coder, stream, run = prepare(cfg)
+        optimizer, ema = adamw(model, cfg, device), EMA(model, cfg.ema)
+        state = {"model": model}, {"model": optimizer}, {"model": ema}
+        start = load_checkpoint(cfg.out, cfg.steps, *state)
     spec, empty = model.spec, coder.text([""])
-    groups = [{"params": [p for p in model.parameters() if p.ndim > 1]},
-              {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, cfg.lr, (0.9, 0.99), weight_decay=cfg.decay, fused=device.type == "cuda")
-    ema = EMA(model, cfg.ema)
-    state = {"model": model}, {"model": optimizer}, {"model": ema}
-    start = load_checkpoint(cfg.out, *state)
     velocity = fast_velocity(model, cfg) if cfg.compile else velocity_of(model)
 
     for step in run.progress(start, cfg.steps, "stage 1"):
@@ -155,15 +161,15 @@ def main(cfg):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg)
         norm = descend(optimizer, cfg.clip, "the network")
-        ema.update(model)
+        ema.update(model, min(cfg.ema, (1 + step) / (10 + step)))          # early on, forget the random start sooner
 
         if step % cfg.log_every == 0 or step + 1 == cfg.steps:
             run.log(step, loss=loss, norm=norm, lr=group["lr"])
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
-            save_checkpoint(cfg.out, step + 1, *state)
-            if rank() == 0:
-                notes = {"stage": 1, "control": "adaln", "steps": step + 1, "seed": cfg.seed, **provenance()}
+            if rank() == 0:                     # before the checkpoint: a complete one never lacks its weights
+                notes = {"stage": 1, "steps": step + 1, "seed": cfg.seed, **provenance()}
                 save(model, run.folder / "teacher.safetensors", weights=ema.average, **notes)
+            save_checkpoint(cfg.out, step + 1, *state)
     shutdown()
 
 

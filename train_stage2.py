@@ -2,9 +2,9 @@
 
     torchrun train_stage2.py                       # the embedded world, ten minutes on two CPU cores
 
-Each step: the student rolls out a clip from a real start (text, image or video), with gradient through one random denoising
-step of every chunk (Self Forcing, arXiv:2506.08009); distribution matching against the guided teacher moves the student
-(DMD, arXiv:2311.18828); then the critic catches up on what the student made (DMD2, arXiv:2405.14867).
+Each step: the student rolls out a clip from a real start (text, image or video), with gradient through one random
+denoising step of every chunk (Self Forcing, arXiv:2506.08009); distribution matching against the guided teacher moves
+the student (DMD, arXiv:2311.18828); then the critic catches up on what the student made (DMD2, arXiv:2405.14867).
 """
 
 import json
@@ -18,7 +18,7 @@ from common import (EMA, Run, derive, descend, load_checkpoint, one_line_errors,
 from data import WorldStream
 from dmd import critic_loss, dmd_loss
 from encode import codec
-from evaluate import evaluate, load_probe, samplers_of, table
+from evaluate import dream, evaluate, load_probe, samplers_of, table
 from flow import draw_sigma, schedule
 from model import ASSETS, PRESETS, compile_blocks, load, save
 from rollout import draw_keys, rollout, velocity_of, write_video
@@ -59,17 +59,20 @@ class Config:
             raise ValueError(f"unknown backbone '{self.backbone}'; choose {', '.join(PRESETS)}")
         if min(self.t2v, self.i2v) < 0 or self.t2v + self.i2v > 1:
             raise ValueError(f"--t2v {self.t2v} and --i2v {self.i2v} are shares: not negative, at most 1 together")
+        if not 0 <= self.ema < 1 or self.guidance < 0:
+            raise ValueError(f"--ema {self.ema} is within 0..1, below 1; --guidance {self.guidance} is not negative")
         if not 0 <= self.sigma_low < self.sigma_high <= 1:
-            raise ValueError(f"--sigma_low {self.sigma_low} must be below --sigma_high {self.sigma_high}, both within 0..1")
+            raise ValueError(f"--sigma_low {self.sigma_low} must be below --sigma_high {self.sigma_high}, both in 0..1")
         spec = PRESETS[self.backbone]
         if not 2 * spec.chunk <= self.frames <= spec.window:
-            raise ValueError(f"--frames of {self.backbone} is {2 * spec.chunk}..{spec.window}, the teacher's window, got {self.frames}")
+            raise ValueError(f"--frames of {self.backbone} is {2 * spec.chunk}..{spec.window}, the teacher's window, "
+                             f"got {self.frames}")
         if self.preview < 0 or self.critic_warmup < 0:
             raise ValueError("--preview and --critic_warmup are not negative")
 
 
 def draw_start(cfg, chunk, shared):
-    """Real frames a rollout starts from (0, 1 or a chunk) and its length: whole chunks after the start, as in inference."""
+    """Real frames a rollout starts from (0, 1 or a chunk) and its length: whole chunks after the start."""
     u = shared.random()
     n = 0 if u < cfg.t2v else 1 if u < cfg.t2v + cfg.i2v else chunk
     return n, n + (cfg.frames - n) // chunk * chunk
@@ -78,12 +81,12 @@ def draw_start(cfg, chunk, shared):
 def prepare(cfg):
     """Three networks from one checkpoint, the data and the run folder; bad input ends here with one line."""
     device = setup()
+    coder = codec(cfg.backbone, device)
     student, critic, teacher = (load(cfg.backbone, cfg.teacher, device) for _ in range(3))
     if cfg.compile:
         student, critic, teacher = (compile_blocks(net) for net in (student, critic, teacher))
     if teacher.control is None:
         raise ValueError(f"{cfg.teacher} has no control parameters; stage 2 distils a stage-1 teacher")
-    coder = codec(cfg.backbone, device)
     stream = WorldStream(coder, cfg.seed, cfg.pool, 24, cfg.refresh)
     if cfg.preview:
         load_probe(device)
@@ -97,11 +100,11 @@ def adamw(model, lr, device):
 def main(cfg):
     with one_line_errors():
         device, student, critic, teacher, coder, stream, run = prepare(cfg)
+        student_opt, critic_opt = adamw(student, cfg.lr, device), adamw(critic, cfg.critic_lr, device)
+        ema = EMA(student, cfg.ema)
+        state = {"student": student, "critic": critic}, {"student": student_opt, "critic": critic_opt}, {"student": ema}
+        start = load_checkpoint(cfg.out, cfg.steps + cfg.critic_warmup, *state)
     spec, guidance = student.spec, cfg.guidance or student.spec.guidance
-    student_opt, critic_opt = adamw(student, cfg.lr, device), adamw(critic, cfg.critic_lr, device)
-    ema = EMA(student, cfg.ema)
-    state = {"student": student, "critic": critic}, {"student": student_opt, "critic": critic_opt}, {"student": ema}
-    start = load_checkpoint(cfg.out, *state)
     student_v, critic_v, teacher_v = (velocity_of(net) for net in (student, critic, teacher))
     sigmas, empty = schedule(cfg.denoise, spec.shift), coder.text([spec.negative])
 
@@ -128,42 +131,45 @@ def main(cfg):
             ema.update(student)
             metrics |= {"dmd": loss.detach(), **stats, "student_norm": norm, "std": x0.detach()[:, :, n:].std()}
 
-        # The critic learns the velocity field of what the student generates right now, several updates per student update.
+        # The critic learns the velocity field of what the student just made: several updates for the student's one.
         for _ in range(cfg.critic_steps):
             loss = critic_loss(critic_v, x0, real.condition, draw(), mask)
             loss.backward()
             norm = descend(critic_opt, cfg.clip, "the critic")
-        run.log(step, student_updates=max(0, step + 1 - cfg.critic_warmup), critic_updates=(step + 1) * cfg.critic_steps,
-                critic=loss.detach(), critic_norm=norm, **metrics)
+        run.log(step, student_updates=max(0, step + 1 - cfg.critic_warmup),
+                critic_updates=(step + 1) * cfg.critic_steps, critic=loss.detach(), critic_norm=norm, **metrics)
 
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps + cfg.critic_warmup:
-            save_checkpoint(cfg.out, step + 1, *state)
-            if rank() == 0:
-                notes = {"stage": 2, "control": "adaln", "steps": step + 1, "seed": cfg.seed, **provenance()}
+            if rank() == 0:                     # before the checkpoint: a complete one never lacks its weights
+                notes = {"stage": 2, "updates": step + 1 - cfg.critic_warmup, "seed": cfg.seed, **provenance()}
                 save(student, run.folder / "student.safetensors", weights=ema.average, **notes)
+            save_checkpoint(cfg.out, step + 1, *state)
     if rank() == 0:
-        finish(cfg, run, teacher, device, guidance)
+        finish(cfg, run, teacher, coder, guidance)
     shutdown()
 
 
-def finish(cfg, run, teacher, device, guidance):
-    """Curves, a side-by-side video and the table, made from the files that were saved."""
+def finish(cfg, run, teacher, coder, guidance):
+    """Curves, the table and a side-by-side video, made from the weights that were saved."""
+    device = coder.device
     curves(run.folder)
     if not cfg.preview:
         return
     student = load(cfg.backbone, run.folder / "student.safetensors", device)
-    rows = samplers_of(teacher, student, 50, guidance)
+    rows = samplers_of(teacher, student, guidance, few=cfg.denoise)
     stored = ASSETS / f"{cfg.backbone}-stage1.json"
-    if not cfg.teacher and stored.exists():
-        rows = rows[1:]                         # the guided teacher costs 25 times the student: its figures are stored
-    results, videos, trips = evaluate(rows, cfg.preview, 1000, device)
-    if len(rows) < 3:
-        name = "teacher, 50 steps, guided"
-        results = {f"{name} (stored)": json.loads(stored.read_text())["preview"][name], **results}
-    print(f"\nPreview on {cfg.preview} held-out sequences (acceptance: python evaluate.py with 256)\n{table(results)}")
-    side = torch.cat([torch.cat([video[i] for video in videos.values()], 2) for i in range(min(4, cfg.preview))])
-    keys = trips.actions[:4].flatten()[:len(side)]
-    write_video(run.folder / "compare.mp4", draw_keys(side, keys, 3, list(videos)), teacher.spec.fps)
+    known = not cfg.teacher and guidance == teacher.spec.guidance and stored.exists()   # it costs 25 times the student
+    results, videos, trips = evaluate(rows[1:] if known else rows, cfg.preview, 1000, device)
+    if known:
+        figures = json.loads(stored.read_text())["figures"][rows[0].name]
+        figures = {k: v for k, v in figures.items() if k not in ("frechet", "ms a chunk")}  # of other counts, hardware
+        results = {f"{rows[0].name} (stored: 256 others)": figures, **results}
+    print(f"\nPreview on {cfg.preview} held-out sequences (for acceptance: python evaluate.py)\n{table(results)}")
+    one, truth = trips.part(0, 1), videos["truth"][:1]
+    side = {"truth": truth, rows[0].name: dream(rows[0], coder, one, truth, 1000),
+            rows[2].name: videos[rows[2].name][:1]}
+    frames = draw_keys(torch.cat([video[0] for video in side.values()], 2), one.actions[0], 3, list(side))
+    write_video(run.folder / "compare.mp4", frames, teacher.spec.fps)
     (run.folder / "preview.json").write_text(json.dumps(results, indent=1) + "\n")
     print(f"\nwrote {run.folder}: student.safetensors, compare.mp4, curves.png, preview.json, log.jsonl, config.json")
 

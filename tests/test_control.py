@@ -49,18 +49,16 @@ def test_every_motion_reads_back_as_its_label():
     actions = torch.stack([torch.zeros_like(ALL), ALL], 1)                              # [81, 2]
     c2w = poses_from_labels(actions, step=0.2, angle=7.5)
     assert torch.equal(labels_from_poses(c2w, step=0.2), actions)
-    assert torch.equal(labels_from_poses(c2w * torch.tensor([1.0, 1, 1, 1]), step=0.2), actions)
 
 
 def test_motions_read_back_from_a_long_jittery_walk():
     g = torch.Generator().manual_seed(0)
-    actions = torch.randint(81, (4, 200), generator=g)
+    actions = torch.randint(81, (64, 40), generator=g)
     actions[:, 0] = 0
-    actions = torch.where(torch.arange(200) % 2 == 0, actions % 9 // 5 * 0 + actions // 9 * 9, actions)   # let the pitch rest
     c2w = poses_from_labels(actions, 0.2, 2.0)
-    c2w[..., :3, 3] += 0.002 * torch.randn(4, 200, 3, generator=g)                      # 1 % of the step
+    c2w[..., :3, 3] += 0.002 * torch.randn(64, 40, 3, generator=g)                      # 1 % of the step
     level = (torch.asin(-c2w[..., 1, 2]).abs() < math.radians(30)).all(-1)              # pitch as seen by the camera
-    assert level.any()
+    assert level.sum() > 32
     assert torch.equal(labels_from_poses(c2w, step=0.2)[level], actions[level])
 
 
@@ -68,9 +66,9 @@ def test_signs():
     def forward(label):
         return poses_from_labels(torch.tensor([0, label]), 1.0, 10.0)[1]
     assert forward(9)[2, 3] == 1 and forward(27)[0, 3] == 1                             # w: +z; d: +x
-    assert forward(1)[1, 2] < 0 and forward(3)[0, 2] > 0                                # up: the view rises (y is down); right: towards +x
+    assert forward(1)[1, 2] < 0 and forward(3)[0, 2] > 0             # up: the view rises (y is down); right: towards +x
     c2w = poses_from_labels(torch.tensor([0, 3, 3, 9]), 1.0, 45.0)
-    torch.testing.assert_close(c2w[3, :3, 3], torch.tensor([1.0, 0, 0]).double(), atol=1e-12, rtol=0)    # right, right, w: along +x
+    torch.testing.assert_close(c2w[3, :3, 3], torch.tensor([1.0, 0, 0]).double(), atol=1e-12, rtol=0)  # right, right, w: along +x
 
 
 def test_bad_cameras_and_actions():
@@ -89,7 +87,7 @@ def test_bad_cameras_and_actions():
 def test_untrained_control_changes_nothing_and_can_learn():
     torch.manual_seed(0)
     model = build("tiny", layers=2)
-    torch.nn.init.normal_(model.head.head.weight)                                       # the official init would hide everything
+    torch.nn.init.normal_(model.head.head.weight)                              # the official init would hide everything
     x, sigma, text = torch.randn(2, 24, 41, 4, 4), torch.rand(2, 41), {"text": torch.randn(2, 5, 64)}
     actions = Control(torch.arange(82).reshape(2, 41) % 81)
     plain = model(x, sigma, text)

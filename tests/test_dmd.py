@@ -48,7 +48,7 @@ def test_guidance_five_is_not_six():
 
     torch.manual_seed(0)
     x = x0.clone().requires_grad_(True)
-    fake = lambda x, s, cond: torch.full_like(x, 6.0)                                   # equals 1 + 5 (2 - 1): no gradient is left
+    fake = lambda x, s, cond: torch.full_like(x, 6.0)                        # equals 1 + 5 (2 - 1): no gradient is left
     dmd_loss(constant, fake, x, "cond", "null", sigma, 5.0)[0].backward()
     assert x.grad.abs().max() < 1e-6
 
@@ -85,7 +85,7 @@ def test_non_finite_gradient_is_an_error_that_names_the_noise():
 def test_toy_the_student_reaches_the_teachers_gaussian():
     """Data N(2, 0.5^2) with its exact velocity as teacher, the critic fitted to the student's Gaussian in closed form."""
     def exact(mean, std):
-        def velocity(x, s, cond):                                                       # E[noise - x0 | x_s] of a Gaussian
+        def velocity(x, s, cond):                                                    # E[noise - x0 | x_s] of a Gaussian
             s = s[:, None, :, None, None]
             variance = (1 - s) ** 2 * std ** 2 + s ** 2
             return -mean + (s - (1 - s) * std ** 2) * (x - (1 - s) * mean) / variance

@@ -42,7 +42,7 @@ def test_shift_keeps_the_ends_and_has_an_inverse(k):
 
 
 def test_the_four_step_schedule_is_the_published_one():
-    assert flow.schedule(4, 5.0) == pytest.approx([1, 0.9375, 5 / 6, 0.625, 0])            # BiWM: 1, .75, .5, .25 shifted by 5
+    assert flow.schedule(4, 5.0) == pytest.approx([1, 0.9375, 5 / 6, 0.625, 0])     # BiWM: 1, .75, .5, .25 shifted by 5
     with pytest.raises(ValueError, match="at least one step"):
         flow.schedule(0, 5.0)
 
@@ -52,7 +52,7 @@ def test_the_sigma_law_is_truncated_and_has_no_atoms():
     low, high, k = 0.6, 0.98, 5.0
     s = flow.draw_sigma((100_000,), k, low, high)
     assert low <= s.min() and s.max() <= high
-    assert s.unique(return_counts=True)[1].max() < 20                                      # clamping puts thousands on a bound
+    assert s.unique(return_counts=True)[1].max() < 20                               # clamping puts thousands on a bound
     u = (flow.unshift(s.double(), k) - flow.unshift(low, k)) / (flow.unshift(high, k) - flow.unshift(low, k))
     grid = torch.linspace(0, 1, 21, dtype=torch.float64)
     cdf = (u[:, None] <= grid).double().mean(0)

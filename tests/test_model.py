@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from model import build, flops, load, preset, save
 
-KEYS = [(r"^time_embedding\.0\.", "condition_embedder.time_embedder.linear_1."),         # official name -> diffusers name
+KEYS = [(r"^time_embedding\.0\.", "condition_embedder.time_embedder.linear_1."),       # official name -> diffusers name
         (r"^time_embedding\.2\.", "condition_embedder.time_embedder.linear_2."),
         (r"^time_projection\.1\.", "condition_embedder.time_proj."),
         (r"^text_embedding\.0\.", "condition_embedder.text_embedder.linear_1."),
@@ -22,7 +22,7 @@ KEYS = [(r"^time_embedding\.0\.", "condition_embedder.time_embedder.linear_1."),
         (r"^(blocks\.\d+)\.cross_attn\.norm_([qk])\.", r"\1.attn2.norm_\2."),
         (r"^(blocks\.\d+)\.norm3\.", r"\1.norm2."), (r"^(blocks\.\d+)\.ffn\.0\.", r"\1.ffn.net.0.proj."),
         (r"^(blocks\.\d+)\.ffn\.2\.", r"\1.ffn.net.2.")]
-TINY = dict(dim=64, heads=4, ffn=112, layers=2, text_dim=24, freq_dim=32)                # head dim 16: axes 8 / 4 / 4, unequal
+TINY = dict(dim=64, heads=4, ffn=112, layers=2, text_dim=24, freq_dim=32)         # head dim 16: axes 8 / 4 / 4, unequal
 
 
 def to_diffusers(name):
@@ -37,7 +37,7 @@ def random_model(name="wan2.1-1.3b", **fields):
     torch.manual_seed(1)
     model = build(name, control=None, **{**TINY, **fields})
     for key, p in model.named_parameters():
-        p.data.normal_(1.0 if "norm" in key and key.endswith("weight") else 0.0, 0.1)   # larger gains amplify fp32 rounding
+        p.data.normal_(1.0 if "norm" in key and key.endswith("weight") else 0.0, 0.1)  # larger gains amplify fp32 rounding
     return model.eval()
 
 
@@ -123,7 +123,7 @@ def test_bad_shapes_are_named():
         preset("wan3")
 
 
-# ---- Files -------------------------------------------------------------------------------------------------------------------
+# ---- Files -----------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def checkpoint(tmp_path):
@@ -152,6 +152,19 @@ def test_files_load_whole_sharded_and_prefixed(checkpoint, tmp_path):
     for source in (path, folder, tmp_path / "prefixed.safetensors"):
         loaded = reload(source).state_dict()
         assert list(loaded) == names and all(torch.equal(loaded[k], state[k]) for k in names)
+
+
+@torch.no_grad()
+def test_bf16_weights_keep_the_fp32_islands(checkpoint):
+    model, path = checkpoint
+    half = load("wan2.1-1.3b", path, dtype=torch.bfloat16, **TINY)
+    assert half.time_embedding[0].weight.dtype == half.blocks[0].modulation.dtype == torch.float32
+    assert half.blocks[0].ffn[0].weight.dtype == torch.bfloat16
+    x, sigma, text = torch.randn(1, 16, 3, 8, 12), torch.rand(1, 3), {"text": torch.randn(1, 9, 24)}
+    with torch.autocast("cpu", torch.bfloat16):
+        v = half(x, sigma, text)
+    exact = model(x, sigma, text)
+    assert v.dtype == torch.float32 and (v - exact).norm() < 0.03 * exact.norm()
 
 
 def test_what_is_not_its_own_is_refused_by_name(checkpoint, tmp_path):

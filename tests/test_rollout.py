@@ -18,7 +18,7 @@ def model():
     torch.manual_seed(0)
     model = build("tiny", layers=2, dim=48, heads=2, ffn=64)
     for p in (model.head.head.weight, model.control.translation, model.control.rotation):
-        torch.nn.init.normal_(p, std=0.3)                                               # the official init would be deaf
+        torch.nn.init.normal_(p, std=0.3)                                              # the official init would be deaf
     return model
 
 
@@ -35,7 +35,7 @@ def roll(model, actions, n=0, seed=0, **options):
 
 @torch.no_grad()
 def test_later_actions_cannot_change_earlier_chunks(model):
-    a = torch.zeros(1, 12, dtype=torch.long)                                            # three chunks of four still frames
+    a = torch.zeros(1, 12, dtype=torch.long)                                         # three chunks of four still frames
     b = a.clone()
     b[:, 8:] = 9                                                                        # the last chunk walks forward
     x, y = roll(model, a), roll(model, b)
@@ -68,7 +68,7 @@ def test_history_is_clean_detached_and_within_the_window(model):
     assert [x.shape[2] for x, _, _ in seen] == [8] * 4 + [12] * 12
     for call, (x, sigma, labels) in enumerate(seen):
         chunk, step = divmod(call, 4)
-        assert not x.requires_grad                                                      # no gradient through history or noise
+        assert not x.requires_grad                                                # no gradient through history or noise
         assert (sigma[:, :-4] == 0).all() and torch.allclose(sigma[:, -4:], torch.tensor(SIGMAS[step]))
         end = 8 + 4 * chunk
         assert torch.equal(labels, actions[:, end - x.shape[2]:end])
@@ -105,7 +105,7 @@ def test_guidance_of_one_is_free_and_the_ode_recovers_a_known_flow(model):
     target = torch.randn(1, 24, 4, 4, 6)
     exact = lambda x, sigma, c: (x - torch.cat([torch.zeros_like(target), target], 2)) / sigma.clamp_min(1e-9)[:, None, :, None, None]
     condition = Condition({}, Control(torch.zeros(1, 8, dtype=torch.long)))
-    for sampler in (ode, few_step):                                                     # both end at the x0 that v points to
+    for sampler in (ode, few_step):                                                # both end at the x0 that v points to
         x, _ = sampler(exact, torch.zeros(1, 24, 4, 4, 6), target.shape, SIGMAS, condition, noise_from(0))
         torch.testing.assert_close(x, target, atol=1e-5, rtol=0)
 
@@ -126,7 +126,7 @@ def test_a_batch_of_two_equals_two_batches_of_one(model):
             torch.testing.assert_close(both[i:i + 1], run(slice(i, i + 1)), atol=1e-5, rtol=0)
 
 
-# ---- WorldModel --------------------------------------------------------------------------------------------------------------
+# ---- WorldModel ------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def playable():

@@ -62,7 +62,7 @@ def test_a_gpu_sees_the_same_trajectories_and_the_same_pictures(trips):
         torch.testing.assert_close(there.cpu(), here)
     maps, states = trips[0][:, None], trips[1]
     difference = render(pose(states).cuda(), maps).cpu().int() - render(pose(states), maps).int()
-    assert (difference.abs() > 1).float().mean() < 1e-3                                 # rounding at edges, nothing else
+    assert (difference.abs() > 1).float().mean() < 1e-3                                # rounding at edges, nothing else
 
 
 def test_trajectories_repeat_and_replay(trips):

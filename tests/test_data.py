@@ -1,0 +1,54 @@
+"""Batches are functions of (seed, step): the same for any interruption, and true to the world."""
+
+import pytest
+import torch
+
+import world
+from common import generator
+from data import Trips, WorldStream
+from encode import codec
+
+
+@pytest.fixture(scope="module")
+def coder():
+    return codec("tiny")
+
+
+def stream(coder, **options):
+    return WorldStream(coder, **{**dict(seed=3, pool=4, length=10, refresh=2), **options})
+
+
+def equal(a, b):
+    return torch.equal(a.x0, b.x0) and torch.equal(a.condition.control.actions, b.condition.control.actions)
+
+
+def test_a_batch_depends_on_seed_and_step_alone(coder):
+    a, b = stream(coder), stream(coder)
+    wanted = [a.batch(step, 3, 8) for step in range(5)]
+    assert equal(b.batch(4, 3, 8), wanted[4]) and equal(b.batch(1, 3, 8), wanted[1])    # any order, across pools
+    assert not equal(wanted[0], wanted[1]) and not equal(stream(coder, seed=4).batch(0, 3, 8), wanted[0])
+
+
+def test_clips_are_what_the_world_shows(coder):
+    s = stream(coder, pool=2, length=8)
+    batch = s.batch(0, 2, 8)                                                            # the whole trajectories
+    trips = Trips(*world.explore(2, 8, generator(3, "train", "pool", 0, 0)))
+    for x0, actions, text in zip(batch.x0, batch.condition.control.actions, batch.condition.text["text"]):
+        i = next(i for i in range(2) if torch.equal(trips.actions[i], actions))
+        torch.testing.assert_close(x0, coder.encode(trips.part(i, i + 1).video())[0])
+        assert torch.equal(text, coder.text([world.CAPTIONS[int(trips.maps[i])]])["text"][0])
+
+
+def test_held_out_trajectories_are_others(coder):
+    from evaluate import held_out
+    train, test = stream(coder, pool=64).seed, held_out(64, 1000, 6)
+    pool = Trips(*world.explore(64, 10, generator(train, "train", "pool", 0, 0)))
+    assert not (test.states[:, None, 0] == pool.states[None, :, 0]).all(-1).any()
+    assert (test.states[:, None, 0] == held_out(64, 1000, 6).states[None, :, 0]).all(-1).any(1).all()
+
+
+def test_bad_lengths_are_named(coder):
+    with pytest.raises(ValueError, match="do not fit trajectories of 10"):
+        stream(coder).batch(0, 1, 11)
+    with pytest.raises(ValueError, match="a pool needs"):
+        stream(coder, pool=0)

@@ -101,3 +101,12 @@ def test_toy_the_student_reaches_the_teachers_gaussian():
         loss.backward()
         optimizer.step()
     assert abs(mean.item() - 2.0) < 0.1 and abs(log_std.exp().item() - 0.5) < 0.1
+
+
+def test_the_critic_regresses_the_velocity_of_generated_frames():
+    torch.manual_seed(5)
+    loss = critic_loss(lambda x, s, cond: 0.7 * x, x0, "cond", sigma, MASK)
+    torch.manual_seed(5)
+    noise, s = torch.randn_like(x0), torch.where(MASK, sigma[:, None], 0.0)
+    error = (0.7 * add_noise(x0, noise, s) - (noise - x0)).square().transpose(1, 2)[MASK]
+    torch.testing.assert_close(loss, error.mean())

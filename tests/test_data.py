@@ -39,6 +39,17 @@ def test_clips_are_what_the_world_shows(coder):
         assert torch.equal(text, coder.text([world.CAPTIONS[int(trips.maps[i])]])["text"][0])
 
 
+def test_windows_are_random_crops_with_their_own_labels(coder):
+    s = stream(coder)
+    batch, starts = s.batch(0, 32, 4), set()
+    for x0, actions in zip(batch.x0, batch.condition.control.actions):
+        found = {t for i in range(4) for t in range(7) if torch.equal(s.latents[i, :, t:t + 4], x0)
+                 and torch.equal(s.actions[i, t:t + 4], actions)}
+        assert found
+        starts |= found if len(found) == 1 else set()                                   # a still walk fits many places
+    assert len(starts) >= 4
+
+
 def test_held_out_trajectories_are_others(coder):
     from evaluate import held_out
     train, test = stream(coder, pool=64).seed, held_out(64, 1000, 6)

@@ -188,7 +188,7 @@ def test_every_setting_is_read(module):
         assert re.search(rf"cfg\.{field}\b", source), f"{module.__name__}.Config.{field} is read nowhere"
 
 
-@pytest.mark.parametrize("command", ["control.py w-2,w+right-3", "model.py wan2.1-1.3b", "encode.py"])
+@pytest.mark.parametrize("command", ["control.py w-2,w+right-3", "model.py wan2.1-1.3b"])
 def test_small_commands(command):
     assert run(sys.executable, *command.split())
 

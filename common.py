@@ -202,8 +202,11 @@ class Run:
         path = self.folder / "config.json"
         if not path.exists() or not list(self.folder.glob("checkpoint-????????")):
             return
-        old = json.loads(path.read_text())["settings"]
+        began = json.loads(path.read_text())
+        old = began["settings"]
         changed = [f"--{k} {old.get(k)} -> {v}" for k, v in settings.items() if k not in HARMLESS and old.get(k) != v]
+        if began["processes"] != world_size():
+            changed.append(f"processes {began['processes']} -> {world_size()}")
         if changed:
             raise ValueError(f"{self.folder} holds a run with other settings ({', '.join(changed)}); "
                              "choose another --out")

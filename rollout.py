@@ -232,6 +232,7 @@ def main(cfg):
         first = None if cfg.start == "dream" else place.step([0] * (4 if cfg.start == "clip" else 1))
         frames = [model.reset(cfg.prompt or world.CAPTIONS[cfg.map], first, cfg.seed)]
         Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
+        open(cfg.out, "ab").close()                     # fails now rather than after the work
     if cfg.truth:                                       # a key that a wall stops is passed on as what happened
         labels[1:] = world.walk(place.maps, place.state[None], labels[None, 1:])[1][0]
     frames = torch.cat([*frames, model.step(labels[1:])])                               # [T, H, W, 3]

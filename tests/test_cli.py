@@ -112,6 +112,10 @@ def test_a_run_folder_is_not_continued_with_other_settings(tmp_path):
     train_stage1.main(stage1(tmp_path))
     with pytest.raises(SystemExit, match="other settings .--seed 0 -> 1.; choose another --out"):
         train_stage1.main(stage1(tmp_path, "--seed", "1"))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "processes": 2}))
+    with pytest.raises(SystemExit, match="processes 2 -> 1"):
+        train_stage1.main(stage1(tmp_path))
 
 
 def test_a_half_written_checkpoint_is_not_used(trained, tmp_path):
@@ -158,6 +162,7 @@ BAD = [("train_stage1.py", ["--stepz", "3"], "--stepz"), ("train_stage1.py", ["-
        ("train_stage2.py", ["--out", "/proc/nothing"], "cannot write to --out /proc/nothing"),
        ("rollout.py", ["--actions", "w-3, q-2"], "column 6"), ("rollout.py", ["--out", "walk.txt"], ".mp4 or .gif"),
        ("rollout.py", ["--weights", "/gone.safetensors"], "/gone.safetensors"), ("rollout.py", ["--steps", "0"], "--steps"),
+       ("rollout.py", ["--out", "/proc/walk.mp4"], "/proc/walk.mp4"),
        ("evaluate.py", ["--clips", "0"], "--clips must be above 0"), ("rollout.py", ["--map", "7"], "0..3")]
 
 

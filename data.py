@@ -22,15 +22,17 @@ class Batch:
 
 @dataclass(frozen=True)
 class Trips:
-    """Trajectories with exact truth: maps [N], states [N, T, 4], actions (what happened) and blocked [N, T]."""
+    """Trajectories with exact truth: maps [N], states [N, T, 4], and [N, T] each: `actions`, labels of what happened,
+    `blocked` where that is not what was asked for, and `asked`."""
     maps: torch.Tensor
     states: torch.Tensor
     actions: torch.Tensor
     blocked: torch.Tensor
+    asked: torch.Tensor
 
     def part(self, start, stop):
         """Trajectories start..stop-1."""
-        return Trips(*(x[start:stop] for x in (self.maps, self.states, self.actions, self.blocked)))
+        return Trips(*(x[start:stop] for x in vars(self).values()))
 
     def video(self, device="cpu"):
         """The exact picture of every frame, uint8 [N, T, H, W, 3]."""
@@ -40,7 +42,8 @@ class Trips:
 
 
 class WorldStream:
-    """Windows of the embedded world, rendered live."""
+    """Windows of the embedded world, rendered live. Half of them carry the labels of what happened, half those of what
+    was asked for: no motion shows a key that a wall stops, so walls are learnt from the latter."""
 
     def __init__(self, codec, seed, pool=256, length=48, refresh=200, split="train"):
         """`pool` trajectories of `length` frames live for `refresh` steps; splits never share a trajectory."""
@@ -57,7 +60,7 @@ class WorldStream:
         device = self.codec.device
         self.latents = torch.cat([self.codec.encode(trips.part(i, i + 64).video(device))
                                   for i in range(0, self.pool, 64)])                    # [N, C, length, H, W]
-        self.actions, self.maps = trips.actions.to(device), trips.maps.to(device)
+        self.labels, self.maps = torch.stack([trips.actions, trips.asked]).to(device), trips.maps.to(device)
         self.loaded = number
 
     def batch(self, step, size, frames):
@@ -69,7 +72,8 @@ class WorldStream:
         g = generator(self.seed, self.split, "batch", rank(), step)
         trip = torch.randint(self.pool, (size,), generator=g).to(self.codec.device)
         start = torch.randint(self.length - frames + 1, (size,), generator=g).to(self.codec.device)
+        kind = torch.randint(2, (size,), generator=g).to(self.codec.device)
         index = start[:, None] + torch.arange(frames, device=self.codec.device)         # [B, T]
         x0 = self.latents[trip[:, None], :, index].transpose(1, 2)                      # [B, C, T, H, W]
         text = {key: value[self.maps[trip]] for key, value in self.captions.items()}
-        return Batch(x0.contiguous(), Condition(text, Control(self.actions[trip[:, None], index])))
+        return Batch(x0.contiguous(), Condition(text, Control(self.labels[kind[:, None], trip[:, None], index])))

@@ -96,7 +96,7 @@ def codec(name, device="cpu"):
 
 def measure(frames=2048):
     """Deviations and gain of the tiny codec from explored frames, and its PSNR: the constants above."""
-    maps, states, _, _ = world.explore(frames // 8, 8, generator(0, "codec"))
+    maps, states, *_ = world.explore(frames // 8, 8, generator(0, "codec"))
     video = world.render(world.pose(states), maps[:, None])
     blocks = rearrange(video.double() / 127.5 - 1, "b t (h i) (w j) c -> (b t h w) (c i j)", i=BLOCK, j=BLOCK)
     coefficients = blocks @ basis()

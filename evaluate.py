@@ -5,7 +5,7 @@ An inverse-dynamics probe, trained on real frames only, reads the motion out of 
 over held-out trajectories with 95 % bootstrap intervals.
 
     python evaluate.py --student runs/stage2/student.safetensors          # teacher 50 and 4 steps, student 4 steps
-    python evaluate.py --train_probe 6000                                 # makes assets/probe.safetensors
+    python evaluate.py --train_probe 15000                                 # makes assets/probe.safetensors
 """
 
 import json
@@ -71,7 +71,7 @@ class Probe(nn.Module):
 def train_probe(steps, path, device, batch=1024, length=8):
     """Train on real pairs, half of them through the codec; the last weights go to `path`."""
     reseed(0, "probe")
-    probe, coder = Probe().to(device), codec("tiny", device)
+    probe, coder = Probe().to(device, memory_format=torch.channels_last), codec("tiny", device)
     optimizer = torch.optim.AdamW(probe.parameters(), weight_decay=0.01)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.05)
     for step in tqdm(range(steps), desc="probe"):
@@ -89,7 +89,7 @@ def train_probe(steps, path, device, batch=1024, length=8):
         optimizer.step()
         optimizer.zero_grad()
         rate.step()
-    save_file(probe.cpu().state_dict(), path)
+    save_file({k: v.cpu().contiguous() for k, v in probe.state_dict().items()}, path)
 
 
 def load_probe(device, path=ASSETS / "probe.safetensors"):
@@ -97,7 +97,7 @@ def load_probe(device, path=ASSETS / "probe.safetensors"):
     try:
         probe.load_state_dict(load_file(path), strict=True)
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise OSError(f"{path} is not a probe ({error}); python evaluate.py --train_probe 6000 makes one") from None
+        raise OSError(f"{path} is not a probe ({error}); python evaluate.py --train_probe 15000 makes one") from None
     return probe.eval()
 
 
@@ -213,7 +213,7 @@ def measure(video, truth, trips, probe):
 def still(sampler, coder, clips, seed):
     """PSNR in dB over one second of standing still, against the codec's reconstruction of the start."""
     trips, none = held_out(clips, seed, 0), torch.zeros(clips, START + SECOND, dtype=torch.long)
-    trips = Trips(trips.maps, trips.states[:, -1:].expand(-1, START + SECOND, -1), none, none.bool())
+    trips = Trips(trips.maps, trips.states[:, -1:].expand(-1, START + SECOND, -1), none, none.bool(), none)
     video = trips.video()
     quality = psnr(dream(sampler, coder, trips, video, seed), coder.decode(coder.encode(video)))[:, START:].mean(1)
     return bootstrap(lambda i: float(quality[i].mean()), clips)

@@ -34,11 +34,13 @@ class Config:
     seed: int = 0                   # of everything random
     save_every: int = 1000          # steps between checkpoints
     batch: int = 16                 # clips per step and process
-    frames: int = 12                # latent frames per clip; half of the steps take a chunk less
-    t2v: float = 0.2                # share of clips without a clean prefix
-    i2v: float = 0.2                # share with one clean frame; the rest have whole chunks
-    drop_text: float = 0.1          # share of clips without caption
-    drop_actions: float = 0.1       # share of clips without actions
+    frames: int = 12                # latent frames of the longest clips: the window
+    grown: float = 0.6              # share of steps with those; the others have fewer chunks, as a rollout begins
+    i2v: float = 0.15               # share of steps whose clips begin with one clean frame
+    t2v: float = 0.2                # share of clips without a clean chunk (when not i2v: without anything clean)
+    drop: float = 0.1               # share of clips with neither caption nor actions: what guidance starts from
+    drop_text: float = 0.05         # further share without caption
+    drop_actions: float = 0.05      # further share without actions
     lr: float = 1e-3                # peak learning rate of AdamW
     warmup: int = 500               # steps to reach it; then cosine to zero
     decay: float = 0.01             # weight decay
@@ -54,31 +56,41 @@ class Config:
         require_positive(self, "steps", "save_every", "batch", "frames", "lr", "pool", "refresh", "log_every", "clip")
         if self.backbone not in PRESETS:
             raise ValueError(f"unknown backbone '{self.backbone}'; choose {', '.join(PRESETS)}")
-        if min(self.t2v, self.i2v) < 0 or self.t2v + self.i2v > 1:
-            raise ValueError(f"--t2v {self.t2v} and --i2v {self.i2v} are shares: not negative, at most 1 together")
-        if not 0 <= self.ema < 1 or not 0 <= self.drop_text < 1 or not 0 <= self.drop_actions < 1 or self.warmup < 0:
-            raise ValueError("--ema, --drop_text and --drop_actions are within 0..1, below 1; --warmup is not negative")
+        for name in ("grown", "i2v", "t2v", "drop", "drop_text", "drop_actions", "ema"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--{name} is a share, 0..1, got {getattr(self, name)}")
+        if self.drop + self.drop_text + self.drop_actions > 1 or self.ema == 1 or self.warmup < 0:
+            raise ValueError("the --drop shares are at most 1 together, --ema is below 1, --warmup is not negative")
         if self.cuda_graphs and not (self.compile and torch.cuda.is_available()):
             raise ValueError("--cuda_graphs needs --compile and a GPU")
         if self.frames < 2 * PRESETS[self.backbone].chunk:
             raise ValueError(f"--frames must hold two chunks of {PRESETS[self.backbone].chunk}, got {self.frames}")
 
 
+def draw_frames(cfg, chunk, shared):
+    """Length of a step's clips: those that rollouts meet, whole chunks behind nothing or (i2v) behind one frame."""
+    first = int(shared.random() < cfg.i2v)
+    most = (cfg.frames - first) // chunk
+    return first + chunk * (most if shared.random() < cfg.grown else shared.randint(1, most))
+
+
 def draw_prefix(cfg, chunk, batch, frames, device):
-    """Clean prefix lengths [B]: 0, 1 or a whole number of chunks that leaves at least one chunk to predict."""
-    u = torch.rand(batch, device=device)
-    chunks = torch.randint(1, frames // chunk, (batch,), device=device) * chunk
-    return torch.where(u < cfg.t2v, 0, torch.where(u < cfg.t2v + cfg.i2v, 1, chunks))
+    """Clean prefix lengths [B]: the odd first frame and whole chunks that leave at least one chunk to predict."""
+    first, chunks = frames % chunk, frames // chunk
+    clean = torch.randint(min(1, chunks - 1), chunks, (batch,), device=device)
+    return first + chunk * torch.where(torch.rand(batch, device=device) < cfg.t2v, 0, clean)
 
 
 def drop(condition, empty, cfg):
-    """Withhold caption and actions independently, for guidance; a window's first label is half the time still."""
+    """Withhold caption, actions or both, for guidance; a window's first label is half the time still."""
     actions = condition.control.actions.clone()
     B, device = actions.shape[0], actions.device
     actions[:, 0] *= torch.rand(B, device=device) < 0.5
-    actions[torch.rand(B, device=device) < cfg.drop_actions] = NO_ACTION
-    no_text = torch.rand(B, 1, 1, device=device) < cfg.drop_text
-    text = {key: torch.where(no_text, empty[key], value) for key, value in condition.text.items()}
+    u = torch.rand(B, device=device)                                # both | caption | actions | nothing is withheld
+    no_text = u < cfg.drop + cfg.drop_text
+    no_actions = (u < cfg.drop) | ~no_text & (u < cfg.drop + cfg.drop_text + cfg.drop_actions)
+    actions[no_actions] = NO_ACTION
+    text = {key: torch.where(no_text[:, None, None], empty[key], value) for key, value in condition.text.items()}
     return Condition(text, Control(actions))
 
 
@@ -153,8 +165,7 @@ def main(cfg):
     for step in run.progress(start, cfg.steps, "stage 1"):
         reseed(cfg.seed, "stage 1", rank(), step)
         shared = random.Random(derive(cfg.seed, "stage 1, all ranks", step))
-        frames = max(2 * spec.chunk, cfg.frames - spec.chunk * shared.randrange(2))     # the window, or while it fills
-        batch = stream.batch(step, cfg.batch, frames)
+        batch = stream.batch(step, cfg.batch, draw_frames(cfg, spec.chunk, shared))
 
         loss = stage1_loss(velocity, batch.x0, drop(batch.condition, empty, cfg), cfg, spec)
         loss.backward()

@@ -46,7 +46,7 @@ class Config:
     lr: float = 1e-4                # of the student
     critic_lr: float = 2e-4         # of the critic
     clip: float = 1.0               # global gradient norm of both
-    ema: float = 0.98               # decay of the averaged student, which is the result
+    ema: float = 0.95               # decay of the averaged student, which is the result
     pool: int = 64                  # trajectories in memory, for starts and actions
     refresh: int = 25               # steps until they are replaced
     preview: int = 16               # held-out sequences of the table at the end; 0: no table
@@ -114,6 +114,8 @@ def main(cfg):
         n, frames = draw_start(cfg, spec.chunk, shared)
         grad_step = shared.randrange(cfg.denoise)
         real = stream.batch(step, cfg.batch, frames)
+        if n <= 1 or shared.random() < 0.5:     # nothing is known of a motion before the start: when playing it is still
+            real.condition.control.actions[:, 0] = 0
         mask = (torch.arange(frames, device=device) >= n).expand(cfg.batch, -1)         # [B, T] the generated frames
         draw = lambda: draw_sigma(cfg.batch, spec.shift, cfg.sigma_low, cfg.sigma_high, device)
         metrics = {}

@@ -238,22 +238,22 @@ def spawn(maps, generator):
 
 
 def explore(n, frames, generator, device="cpu"):
-    """Random trajectories: maps [n], states [n, frames, 4], labels and blocked [n, frames]; frame 0 is the start.
-    Actions are held for 2 to 8 frames; a blocked one is drawn again, once. All draws are of the CPU's `generator`."""
-    maps = torch.randint(len(MAPS), (n,), generator=generator)
-    start = spawn(maps, generator)
+    """Random trajectories: maps [n], states [n, frames, 4], then labels, blocked and the actions asked for [n, frames];
+    frame 0 is the start. Actions are held for 2 to 8 frames; a blocked one is drawn again, once, but one in eight
+    walkers pushes on. All draws are of the CPU's `generator`."""
+    start = spawn(maps := torch.randint(len(MAPS), (n,), generator=generator), generator)
     share = torch.outer(torch.tensor([22, 28] + [50 / 7] * 7), torch.tensor([8.0, 1, 1, 3, 3, 1, 1, 1, 1])).flatten()
     draws = torch.multinomial(share, frames * 2 * n, True, generator=generator).view(frames, 2, n).to(device)
-    hold = torch.randint(2, 9, (frames, n), generator=generator).to(device)
-    maps, start = maps.to(device), start.to(device)
+    hold, turns = torch.randint(2, 9, (frames, n), generator=generator), torch.rand(n, generator=generator) > 1 / 8
+    maps, start, hold, turns = (x.to(device) for x in (maps, start, hold, turns))
     state, left, actions = start, torch.zeros_like(maps), [torch.zeros_like(maps)]
     for t in range(1, frames):
         first, second = torch.where(left > 0, actions[-1], draws[t, 0]), draws[t, 1]    # [n]
         after, blocked = move(maps.repeat(2), state.repeat(2, 1), torch.cat([first, second]))
-        left = torch.where((left > 0) & ~blocked[:n], left, hold[t]) - 1
-        state = torch.where(blocked[:n, None], after[n:], after[:n])
-        actions.append(torch.where(blocked[:n], second, first))
-    return maps, *walk(maps, start, torch.stack(actions, 1))
+        left = torch.where((left > 0) & ~(again := blocked[:n] & turns), left, hold[t]) - 1
+        state = torch.where(again[:, None], after[n:], after[:n])
+        actions.append(torch.where(again, second, first))
+    return maps, *walk(maps, start, asked := torch.stack(actions, 1)), asked
 
 
 class World:

@@ -34,7 +34,7 @@ def test_clips_are_what_the_world_shows(coder):
     batch = s.batch(0, 2, 8)                                                            # the whole trajectories
     trips = Trips(*world.explore(2, 8, generator(3, "train", "pool", 0, 0)))
     for x0, actions, text in zip(batch.x0, batch.condition.control.actions, batch.condition.text["text"]):
-        i = next(i for i in range(2) if torch.equal(trips.actions[i], actions))
+        i = next(i for i in range(2) if torch.equal(trips.actions[i], actions) or torch.equal(trips.asked[i], actions))
         torch.testing.assert_close(x0, coder.encode(trips.part(i, i + 1).video())[0])
         assert torch.equal(text, coder.text([world.CAPTIONS[int(trips.maps[i])]])["text"][0])
 
@@ -44,10 +44,17 @@ def test_windows_are_random_crops_with_their_own_labels(coder):
     batch, starts = s.batch(0, 32, 4), set()
     for x0, actions in zip(batch.x0, batch.condition.control.actions):
         found = {t for i in range(4) for t in range(7) if torch.equal(s.latents[i, :, t:t + 4], x0)
-                 and torch.equal(s.actions[i, t:t + 4], actions)}
+                 and any(torch.equal(labels[i, t:t + 4], actions) for labels in s.labels)}
         assert found
         starts |= found if len(found) == 1 else set()                                   # a still walk fits many places
     assert len(starts) >= 4
+
+
+def test_half_of_the_windows_are_told_the_keys_that_were_pressed(coder):
+    s = stream(coder, pool=64, length=24)
+    batch = s.batch(0, 256, 24)                                                         # the whole trajectories
+    happened, asked = ((batch.condition.control.actions[:, None] == labels).all(2).any(1) for labels in s.labels)
+    assert (happened | asked).all() and 0.3 < (asked & ~happened).sum() / (asked ^ happened).sum() < 0.7
 
 
 def test_held_out_trajectories_are_others(coder):

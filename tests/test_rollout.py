@@ -165,7 +165,7 @@ def test_bad_input_is_named(playable):
 
 def test_codec_is_an_orthonormal_projection_and_keeps_30_db():
     coder = codec("tiny")
-    maps, states, _, _ = world.explore(300, 2, torch.Generator().manual_seed(0))
+    maps, states, *_ = world.explore(300, 2, torch.Generator().manual_seed(0))
     video = world.render(world.pose(states), maps[:, None])
     x = coder.encode(video)
     assert x.shape == (300, 24, 2, 8, 12) and abs(x.var((0, 2, 3, 4)).mean() - 1) < 0.25

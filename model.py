@@ -46,7 +46,9 @@ class Spec:
     text_len: int = 512
     freq_dim: int = 256                         # width of the time sinusoid
     patch: tuple[int, int, int] = (1, 2, 2)
+    rope_dims: tuple[int, int, int] = ()        # channels of a head that turn with time, height, width; (): Wan's thirds
     eps: float = 1e-6
+    arch: str = "wan"                           # which class below: see ARCHITECTURES
     negative: str = ""                          # prompt of the unconditional branch
     chunk: int = 4                              # K, latent frames generated together
     window: int = 20                            # latent frames the teacher is trained on: history and chunk
@@ -106,14 +108,14 @@ def sinusoid(t, dim):
     return torch.cat([angle.cos(), angle.sin()], -1).float()
 
 
-def rope_angles(frames, rows, columns, head_dim):
+def wan_rope(frames, rows, columns, spec):
     """cos and sin [T * rows * columns, head_dim / 2] of Wan's 3-D rotary embedding (RoFormer, arXiv:2104.09864).
 
     Pairs of channels are shared out as time | height | width, each axis with its own frequency ladder. `frames` [T] are
     positions on the time axis, fractional allowed; nothing is tabulated, so positions have no limit.
     """
-    across = head_dim // 6
-    pairs = (head_dim // 2 - 2 * across, across, across)
+    half = spec.dim // spec.heads // 2
+    pairs = [n // 2 for n in spec.rope_dims] or (half - 2 * (half // 3), half // 3, half // 3)
     grid = torch.meshgrid(frames.double(), torch.arange(rows, dtype=torch.float64, device=frames.device),
                           torch.arange(columns, dtype=torch.float64, device=frames.device), indexing="ij")
     angles = []
@@ -130,6 +132,53 @@ def rotate(x, rope):
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)                                  # each [B, heads, N, d / 2]
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
 
+
+class Backbone(nn.Module):
+    """What every architecture is to the rest of the project; a subclass has its parts under their official names."""
+
+    block_list = ""                                     # the attribute that holds the transformer blocks
+    fp32 = re.compile("")                               # parameters that the official run computes with in fp32
+
+    def __init__(self, spec):
+        super().__init__()
+        self.spec, self.control = spec, None            # control.attach gives it one
+
+    @staticmethod
+    def official(key):
+        """This class's name of a tensor of the official file; None for one that it does not use."""
+        return key.removeprefix("model.diffusion_model.")
+
+    def forward(self, x, sigma, text, control=None, frames=None):
+        """Velocity [B, C, T, H, W] of the latents `x`.
+
+        x        [B, C, T, H, W]  clean history frames and noisy frames together, in time order
+        sigma    [B, T]           noise level of each frame; float32
+        text     dict             states of the text encoder; the keys are documented at each architecture
+        control  Control | None   actions of the same T frames
+        frames   [T] float | None positions of the frames on the time axis, default 0..T-1
+        """
+        raise NotImplementedError
+
+    def check(self, x, sigma):
+        """Refuse latents and noise levels that do not fit; returns the shape of `x`."""
+        B, C, T, H, W = x.shape
+        _, q, r = self.spec.patch
+        if C != self.spec.channels or H % q or W % r:
+            raise ValueError(f"{self.spec.name} takes latents [B, {self.spec.channels}, T, H, W] with H, W divisible "
+                             f"by {q}, {r}; got {list(x.shape)}")
+        if sigma.shape != (B, T):
+            raise ValueError(f"sigma is one noise level per frame [{B}, {T}], got {list(sigma.shape)}")
+        return x.shape
+
+    def inject(self, control, B, T):
+        if self.control is None:
+            raise ValueError("this backbone has no control parameters; control.attach(backbone) adds them")
+        if control.actions.shape != (B, T):
+            raise ValueError(f"actions are one label per frame [{B}, {T}], got {list(control.actions.shape)}")
+        return self.control(control)
+
+
+# ---- Wan -------------------------------------------------------------------------------------------------------------
 
 class Attention(nn.Module):
     """Attention of `x` to `context`, or to itself with rotary positions; bidirectional, without masks."""
@@ -149,8 +198,6 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)             # [B, heads, N, d]
         return self.o(rearrange(y, "b h n d -> b n (h d)"))
 
-
-# ---- Wan -------------------------------------------------------------------------------------------------------------
 
 class WanBlock(nn.Module):
     """Transformer block of Wan: self-attention, cross-attention to the text, MLP (arXiv:2503.20314, section 4).
@@ -195,19 +242,21 @@ class WanHead(nn.Module):
         return self.head(modulate(layer_norm(x, self.eps), shift, scale))               # [B, T, L, C * patch]
 
 
-class Wan(nn.Module):
+class Wan(Backbone):
     """Wan2.1-T2V-1.3B, Wan2.2-TI2V-5B and the embedded world's tiny and small: one architecture."""
 
+    block_list = "blocks"
+    fp32 = re.compile(r"^(time_|head|control)|norm|modulation")
+
     def __init__(self, spec):
-        super().__init__()
-        D, self.spec = spec.dim, spec
+        super().__init__(spec)
+        D = spec.dim
         self.patch_embedding = nn.Conv3d(spec.channels, D, spec.patch, spec.patch)
         self.text_embedding = nn.Sequential(nn.Linear(spec.text_dim, D), nn.GELU("tanh"), nn.Linear(D, D))
         self.time_embedding = nn.Sequential(nn.Linear(spec.freq_dim, D), nn.SiLU(), nn.Linear(D, D))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
         self.blocks = nn.ModuleList(WanBlock(spec) for _ in range(spec.layers))
         self.head = WanHead(spec)
-        self.control = None                             # control.attach gives it one
 
     def initialise(self):
         """The official initialisation: Xavier linears, N(0, 0.02) embeddings, a head that starts at zero."""
@@ -221,23 +270,11 @@ class Wan(nn.Module):
         return self
 
     def forward(self, x, sigma, text, control=None, frames=None):
-        """Velocity [B, C, T, H, W] of the latents `x`.
-
-        x        [B, C, T, H, W]  clean history frames and noisy frames together, in time order
-        sigma    [B, T]           noise level of each frame; float32
-        text     dict             {"text": [B, <= text_len, text_dim]}
-        control  Control | None   actions of the same T frames
-        frames   [T] float | None positions of the frames on the time axis, default 0..T-1
-        """
-        B, C, T, H, W = x.shape
+        """See `Backbone.forward`. text: {"text": [B, <= text_len, text_dim]}."""
+        B, C, T, H, W = self.check(x, sigma)
         p, (_, q, r) = self.spec, self.spec.patch
-        if C != p.channels or H % q or W % r:
-            raise ValueError(f"{p.name} takes latents [B, {p.channels}, T, H, W] with H, W divisible by {q}, {r}; "
-                             f"got {list(x.shape)}")
-        if sigma.shape != (B, T):
-            raise ValueError(f"sigma is one noise level per frame [{B}, {T}], got {list(sigma.shape)}")
         frames = torch.arange(T, device=x.device) if frames is None else frames
-        rope = rope_angles(frames, H // q, W // r, p.dim // p.heads)
+        rope = wan_rope(frames, H // q, W // r, p)
 
         with torch.autocast(x.device.type, enabled=False):                           # the time path is never below fp32
             e = self.time_embedding(sinusoid(1000 * sigma.double(), p.freq_dim))        # [B, T, D]
@@ -255,13 +292,6 @@ class Wan(nn.Module):
             x = self.head(x, e)                                                         # [B, T, L, C * q * r]
         return rearrange(x, "b t (h w) (q r c) -> b c t (h q) (w r)", h=H // q, q=q, r=r)
 
-    def inject(self, control, B, T):
-        if self.control is None:
-            raise ValueError("this backbone has no control parameters; control.attach(backbone) adds them")
-        if control.actions.shape != (B, T):
-            raise ValueError(f"actions are one label per frame [{B}, {T}], got {list(control.actions.shape)}")
-        return self.control(control)
-
     def embed_text(self, states):
         """Zero-pad to text_len rows, then embed: the padding becomes a learned constant that is attended to."""
         missing = self.spec.text_len - states.shape[1]
@@ -269,6 +299,9 @@ class Wan(nn.Module):
             raise ValueError(f"text states are [B, <= {self.spec.text_len}, {self.spec.text_dim}], "
                              f"got {list(states.shape)}")
         return self.text_embedding(F.pad(states, (0, 0, 0, missing)))
+
+
+ARCHITECTURES = {"wan": Wan}
 
 
 # ---- Build, load, save -----------------------------------------------------------------------------------------------
@@ -282,18 +315,16 @@ def preset(name, **fields):
 
 def build(name, control="adaln", **fields):
     """A backbone with random weights; under torch.device("meta") nothing is allocated. control=None leaves it plain."""
-    model = Wan(preset(name, **fields))
+    spec = preset(name, **fields)
+    model = ARCHITECTURES[spec.arch](spec)
     if not next(model.parameters()).is_meta:
         model.initialise()
     return model if control is None else control_module.attach(model, control)
 
 
-FP32 = re.compile(r"^(time_|head|control)|norm|modulation")    # what the official run computes in fp32 stays in fp32
-
-
 def compile_blocks(model):
     """Compile each transformer block in place; all share one compilation per shape. What stays eager is small."""
-    for block in model.blocks:
+    for block in getattr(model, model.block_list):
         block.compile(dynamic=False)
     return model
 
@@ -307,7 +338,8 @@ def load(name, source=None, device="cpu", dtype=torch.float32, **fields):
     """
     spec = preset(name, **fields)
     tensors, origin = read_weights(source or default_source(spec), name)
-    tensors = {key.removeprefix("model.diffusion_model."): value for key, value in tensors.items()}
+    official = ARCHITECTURES[spec.arch].official
+    tensors = {own: value for key, value in tensors.items() if (own := official(key))}
     has_control = any(key.startswith("control.") for key in tensors)
     with torch.device("meta"):
         model = build(name, "adaln" if has_control else None, **fields)
@@ -320,7 +352,7 @@ def load(name, source=None, device="cpu", dtype=torch.float32, **fields):
         if tensors[key].shape != expected[key].shape:
             raise ValueError(f"{origin}: '{key}' is {list(tensors[key].shape)}, but {name} needs "
                              f"{list(expected[key].shape)}; is it a checkpoint of {name}?")
-    tensors = {k: v.to(device, torch.float32 if FP32.search(k) else dtype) for k, v in tensors.items()}
+    tensors = {k: v.to(device, torch.float32 if model.fp32.search(k) else dtype) for k, v in tensors.items()}
     model.load_state_dict(tensors, strict=True, assign=True)
     return model.requires_grad_(True)
 

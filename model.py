@@ -1,8 +1,9 @@
 """The video diffusion transformers, each behind one forward: velocity of noisy latents, with one noise level per frame.
 
 Wan2.1-T2V-1.3B and Wan2.2-TI2V-5B (Wan, arXiv:2503.20314) share one architecture; `tiny` and `small` are the same code
-at the size of the embedded world. Parameter names are those of the official checkpoints, so loading is strict and
-needs no key map; what this project adds lives under `control.`.
+at the size of the embedded world. HunyuanVideo-1.5-8B (arXiv:2511.18870) is a double-stream transformer. Parameter
+names are those of the official checkpoints, so loading is strict and needs no key map; what this project adds lives
+under `control.`.
 
     python model.py wan2.2-5b            # sizes, tokens and operations of a preset, nothing allocated
 """
@@ -11,6 +12,7 @@ import json
 import math
 import re
 import sys
+from collections import OrderedDict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -46,7 +48,10 @@ class Spec:
     text_len: int = 512
     freq_dim: int = 256                         # width of the time sinusoid
     patch: tuple[int, int, int] = (1, 2, 2)
-    rope_dims: tuple[int, int, int] = ()        # channels of a head that turn with time, height, width; (): Wan's thirds
+    rope_dims: tuple[int, int, int] = ()        # channels of a head per axis (time, height, width); (): Wan's thirds
+    glyph_dim: int = 1472                       # HunyuanVideo: width of the states of text to be drawn
+    vision_dim: int = 1152                      # HunyuanVideo: width of the image encoder's states
+    refiner: int = 2                            # HunyuanVideo: blocks that refine the text states
     eps: float = 1e-6
     arch: str = "wan"                           # which class below: see ARCHITECTURES
     negative: str = ""                          # prompt of the unconditional branch
@@ -74,6 +79,9 @@ PRESETS = {spec.name: spec for spec in (
     WAN21,
     replace(WAN21, name="wan2.2-5b", dim=3072, heads=24, ffn=14336, channels=48, stride=(4, 16, 16),
             size=(121, 704, 1280), fps=24, source="Wan-AI/Wan2.2-TI2V-5B"),
+    Spec("hunyuan1.5-8b", dim=2048, heads=16, ffn=8192, layers=54, channels=32, stride=(4, 16, 16),
+         size=(121, 480, 848), fps=24, shift=5.0, guidance=6.0, text_dim=3584, text_len=1000, patch=(1, 1, 1),
+         rope_dims=(16, 56, 56), arch="hunyuan", source="tencent/HunyuanVideo-1.5"),
 )}
 
 
@@ -88,8 +96,13 @@ def modulate(x, shift, scale):                          # x [B, T, L, D]; shift,
     return x * (1 + scale) + shift
 
 
+def named(**parts):
+    """A Sequential whose parts have names: those of the official checkpoint."""
+    return nn.Sequential(OrderedDict(parts))
+
+
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the whole width, statistics in fp32, before the heads are split."""
+    """Root-mean-square norm over the last axis, statistics in fp32."""
 
     def __init__(self, dim, eps):
         super().__init__()
@@ -101,27 +114,27 @@ class RMSNorm(nn.Module):
         return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
 
 
-def sinusoid(t, dim):
-    """Embedding [..., dim] of times t [...] on the 0..1000 scale: cosines, then sines; in float64, returned in fp32."""
-    omega = 10000 ** (-torch.arange(dim // 2, dtype=torch.float64, device=t.device) / (dim // 2))
-    angle = t.double()[..., None] * omega
+def sinusoid(t, dim, dtype=torch.float32):
+    """Embedding [..., dim] of times t [...] on the 0..1000 scale: cosines, then sines; in `dtype`, returned in fp32."""
+    half = dim // 2
+    omega = torch.exp(-math.log(10000) * torch.arange(half, dtype=dtype, device=t.device) / half)
+    angle = t.to(dtype)[..., None] * omega
     return torch.cat([angle.cos(), angle.sin()], -1).float()
 
 
-def wan_rope(frames, rows, columns, spec):
-    """cos and sin [T * rows * columns, head_dim / 2] of Wan's 3-D rotary embedding (RoFormer, arXiv:2104.09864).
+def rotary(frames, rows, columns, dims, theta, dtype):
+    """cos and sin [T * rows * columns, head_dim / 2] of a 3-D rotary embedding (RoFormer, arXiv:2104.09864).
 
-    Pairs of channels are shared out as time | height | width, each axis with its own frequency ladder. `frames` [T] are
-    positions on the time axis, fractional allowed; nothing is tabulated, so positions have no limit.
+    `dims` channels of a head turn with time, height and width, each axis with its own frequency ladder of base `theta`.
+    `frames` [T] are positions on the time axis, fractional allowed; nothing is tabulated, so positions have no limit.
+    Angles are computed in the `dtype` of the official code, or its numbers are not met.
     """
-    half = spec.dim // spec.heads // 2
-    pairs = [n // 2 for n in spec.rope_dims] or (half - 2 * (half // 3), half // 3, half // 3)
-    grid = torch.meshgrid(frames.double(), torch.arange(rows, dtype=torch.float64, device=frames.device),
-                          torch.arange(columns, dtype=torch.float64, device=frames.device), indexing="ij")
+    axes = frames, torch.arange(rows, device=frames.device), torch.arange(columns, device=frames.device)
+    grid = torch.meshgrid(*(axis.to(dtype) for axis in axes), indexing="ij")
     angles = []
-    for position, n in zip(grid, pairs):
-        theta = 10000 ** (-torch.arange(n, dtype=torch.float64, device=frames.device) / n)
-        angles.append(position.flatten()[:, None] * theta)                              # [N, n]
+    for position, dim in zip(grid, dims):
+        omega = 1 / theta ** (torch.arange(0, dim, 2, dtype=dtype, device=frames.device) / dim)
+        angles.append(position.flatten()[:, None] * omega)                              # [N, dim / 2]
     angle = torch.cat(angles, -1)                                                       # [N, head_dim / 2]
     return angle.cos().float(), angle.sin().float()
 
@@ -274,10 +287,12 @@ class Wan(Backbone):
         B, C, T, H, W = self.check(x, sigma)
         p, (_, q, r) = self.spec, self.spec.patch
         frames = torch.arange(T, device=x.device) if frames is None else frames
-        rope = wan_rope(frames, H // q, W // r, p)
+        third = p.dim // p.heads // 6 * 2                                               # even; time takes the rest
+        axes = p.rope_dims or (p.dim // p.heads - 2 * third, third, third)
+        rope = rotary(frames, H // q, W // r, axes, 10000, torch.float64)
 
         with torch.autocast(x.device.type, enabled=False):                           # the time path is never below fp32
-            e = self.time_embedding(sinusoid(1000 * sigma.double(), p.freq_dim))        # [B, T, D]
+            e = self.time_embedding(sinusoid(1000 * sigma.double(), p.freq_dim, torch.float64))  # [B, T, D]
             if control is not None:
                 e = e + self.inject(control, B, T)
             e6 = self.time_projection(e).unflatten(-1, (6, p.dim))                      # [B, T, 6, D]
@@ -301,7 +316,178 @@ class Wan(Backbone):
         return self.text_embedding(F.pad(states, (0, 0, 0, missing)))
 
 
-ARCHITECTURES = {"wan": Wan}
+# ---- HunyuanVideo-1.5 ------------------------------------------------------------------------------------------------
+
+def unpad(states, mask):
+    """`states` [B, S, E] without rows that no sample uses; a mask if some are still padding. Waits for the GPU."""
+    if mask is None:
+        return states, None
+    states, mask = states[:, mask.any(0)], mask[:, mask.any(0)].bool()
+    return (states, None) if mask.all() else (torch.where(mask[..., None], states, 0), mask)    # padding may be NaN
+
+
+class RefinerBlock(nn.Module):
+    """Self-attention and MLP among text tokens; of adaLN it has the gates only."""
+
+    def __init__(self, spec):
+        super().__init__()
+        D, self.heads = spec.dim, spec.heads
+        self.norm1, self.norm2 = (nn.LayerNorm(D, eps=spec.eps) for _ in range(2))
+        self.self_attn_qkv, self.self_attn_proj = nn.Linear(D, 3 * D), nn.Linear(D, D)
+        self.mlp = named(fc1=nn.Linear(D, 4 * D), act=nn.SiLU(), fc2=nn.Linear(4 * D, D))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 2 * D))
+
+    def forward(self, h, c, mask):                      # [B, S, D] fp32, [B, 1, D], [B, 1, 1, S] or None
+        gate1, gate2 = self.adaLN_modulation(c).chunk(2, -1)                            # each [B, 1, D]
+        q, k, v = rearrange(self.self_attn_qkv(self.norm1(h)), "b s (n h d) -> n b h s d", n=3, h=self.heads)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)                     # [B, heads, S, d]
+        h = h + gate1 * self.self_attn_proj(rearrange(y, "b h s d -> b s (h d)"))
+        return h + gate2 * self.mlp(self.norm2(h))
+
+
+class TokenRefiner(nn.Module):
+    """Lets the states of a causal language model see each other both ways, told their mean and the noise level."""
+
+    def __init__(self, spec):
+        super().__init__()
+        D, E = spec.dim, spec.text_dim
+        self.t_embedder = named(mlp=nn.Sequential(nn.Linear(spec.freq_dim, D), nn.SiLU(), nn.Linear(D, D)))
+        self.c_embedder = named(linear_1=nn.Linear(E, D), act=nn.SiLU(), linear_2=nn.Linear(D, D))
+        self.input_embedder = nn.Linear(E, D)
+        self.individual_token_refiner = named(blocks=nn.ModuleList(RefinerBlock(spec) for _ in range(spec.refiner)))
+
+    def forward(self, states, mask, e):                 # [B, S, E], zero where [B, S] is; e [B, 1, freq_dim]
+        mean = states.sum(1) / (states.shape[1] if mask is None else mask.sum(1, keepdim=True))     # [B, E]
+        with torch.autocast(e.device.type, enabled=False):
+            c = self.t_embedder(e)                                                      # [B, 1, D]
+        c, h = c + self.c_embedder(mean)[:, None], self.input_embedder(states).float()
+        for block in self.individual_token_refiner.blocks:
+            h = block(h, c, None if mask is None else mask[:, None, None])
+        return h                                                                        # [B, S, D]
+
+
+class HunyuanBlock(nn.Module):
+    """Double-stream block (MMDiT of SD3, arXiv:2403.03206, figure 2b): two sets of weights, one attention."""
+
+    def __init__(self, spec):
+        super().__init__()
+        D, M, self.heads, self.eps = spec.dim, spec.ffn, spec.heads, spec.eps
+        self.img_mod, self.txt_mod = (named(act=nn.SiLU(), linear=nn.Linear(D, 6 * D)) for _ in range(2))
+        self.img_attn_q, self.img_attn_k, self.img_attn_v, self.img_attn_proj = (nn.Linear(D, D) for _ in range(4))
+        self.txt_attn_q, self.txt_attn_k, self.txt_attn_v, self.txt_attn_proj = (nn.Linear(D, D) for _ in range(4))
+        self.img_attn_q_norm, self.img_attn_k_norm = (RMSNorm(D // spec.heads, spec.eps) for _ in range(2))
+        self.txt_attn_q_norm, self.txt_attn_k_norm = (RMSNorm(D // spec.heads, spec.eps) for _ in range(2))
+        self.img_mlp, self.txt_mlp = (named(fc1=nn.Linear(D, M), act=nn.GELU("tanh"), fc2=nn.Linear(M, D))
+                                      for _ in range(2))
+
+    def forward(self, x, txt, c, c_txt, rope, mask):    # [B, T, L, D], [B, 1, S, D], [B, T, 1, D], [B, 1, 1, D]
+        T, L = x.shape[1:3]
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.img_mod(c).chunk(6, -1)         # each [B, T, 1, D]
+        tshift1, tscale1, tgate1, tshift2, tscale2, tgate2 = self.txt_mod(c_txt).chunk(6, -1)  # text is one more frame
+
+        h = modulate(layer_norm(x, self.eps), shift1, scale1).flatten(1, 2)             # [B, T*L, D]
+        t = modulate(layer_norm(txt, self.eps), tshift1, tscale1).flatten(1, 2)         # [B, S, D]
+        q, k, v, tq, tk, tv = (rearrange(y, "b n (h d) -> b h n d", h=self.heads) for y in (
+            self.img_attn_q(h), self.img_attn_k(h), self.img_attn_v(h),
+            self.txt_attn_q(t), self.txt_attn_k(t), self.txt_attn_v(t)))
+        q = torch.cat([rotate(self.img_attn_q_norm(q), rope).to(v.dtype), self.txt_attn_q_norm(tq).to(v.dtype)], 2)
+        k = torch.cat([rotate(self.img_attn_k_norm(k), rope).to(v.dtype), self.txt_attn_k_norm(tk).to(v.dtype)], 2)
+        v = torch.cat([v, tv], 2)                                                       # [B, heads, T*L + S, d]
+        y = rearrange(F.scaled_dot_product_attention(q, k, v, attn_mask=mask), "b h n d -> b n (h d)")
+
+        x = x + gate1 * self.img_attn_proj(y[:, :T * L]).unflatten(1, (T, L))           # [B, T, L, D]
+        txt = txt + tgate1 * self.txt_attn_proj(y[:, T * L:])[:, None]                  # [B, 1, S, D]
+        x = x + gate2 * self.img_mlp(modulate(layer_norm(x, self.eps), shift2, scale2))
+        return x, txt + tgate2 * self.txt_mlp(modulate(layer_norm(txt, self.eps), tshift2, tscale2))
+
+
+class HunyuanVideo(Backbone):
+    """HunyuanVideo-1.5-8B (arXiv:2511.18870)."""
+
+    block_list = "double_blocks"
+    # In bf16: linear layers and the image stream; in fp32: norms, the text stream, as in the official run; time, head.
+    fp32 = re.compile(r"^(time_in|txt_in\.t_embedder|vision_in\.proj\.[04]|cond_type|final_layer|control)|norm")
+
+    def __init__(self, spec):
+        super().__init__(spec)
+        D, V, G, M = spec.dim, spec.vision_dim, spec.glyph_dim, 2048                    # M: for every D
+        self.img_in = named(proj=nn.Conv3d(2 * spec.channels + 1, D, spec.patch, spec.patch))
+        self.time_in = named(mlp=nn.Sequential(nn.Linear(spec.freq_dim, D), nn.SiLU(), nn.Linear(D, D)))
+        self.txt_in, self.cond_type_embedding = TokenRefiner(spec), nn.Embedding(3, D)
+        self.byt5_in = named(layernorm=nn.LayerNorm(G), fc1=nn.Linear(G, M), act1=nn.GELU(), fc2=nn.Linear(M, M),
+                             act2=nn.GELU(), fc3=nn.Linear(M, D))
+        self.vision_in = named(proj=nn.Sequential(nn.LayerNorm(V), nn.Linear(V, V), nn.GELU(), nn.Linear(V, D),
+                                                  nn.LayerNorm(D)))
+        self.double_blocks = nn.ModuleList(HunyuanBlock(spec) for _ in range(spec.layers))
+        self.final_layer = named(adaLN_modulation=nn.Sequential(nn.SiLU(), nn.Linear(D, 2 * D)),
+                                 linear=nn.Linear(D, spec.channels * math.prod(spec.patch)))
+
+    def initialise(self):
+        """The official initialisation: modulations and the final layer zero, time embeddings N(0, 0.02)."""
+        nn.init.xavier_uniform_(self.img_in.proj.weight.flatten(1))                     # a view, as in Wan
+        for name, p in self.named_parameters():
+            if re.search(r"_mod\.|adaLN_modulation|^final_layer|^img_in.*bias", name):
+                nn.init.zeros_(p)
+            elif re.search(r"(time_in|t_embedder)\.mlp.*weight", name):
+                nn.init.normal_(p, std=0.02)
+        return self
+
+    def forward(self, x, sigma, text, control=None, frames=None):
+        """See `Backbone.forward`. text: states of encoders, each with a mask, true at tokens, if it has padding.
+
+        text [B, S, text_dim], text_mask [B, S]     language model
+        glyph [B, S, glyph_dim], glyph_mask         words to be drawn; optional
+        vision [B, S, vision_dim], vision_mask      image encoder; optional
+        image [B, C, 1, H, W]                       clean frame 0, if `x` has it noisy; else x's, if sigma is 0
+        """
+        B, C, T, H, W = self.check(x, sigma)
+        p, (_, q, r) = self.spec, self.spec.patch
+        frames = torch.arange(T, device=x.device) if frames is None else frames
+        rope = rotary(frames, H // q, W // r, p.rope_dims, 256, torch.float32)
+
+        # The text's noise level is that of the noisiest frames, those being made; sigma uniform: the official timestep
+        e, e_txt = (sinusoid(1000 * s, p.freq_dim) for s in (sigma[..., None], sigma.amax(1)[:, None, None]))
+        with torch.autocast(x.device.type, enabled=False):                           # the time path is never below fp32
+            c, c_txt = self.time_in(e), self.time_in(e_txt)                             # [B, T, 1, D], [B, 1, 1, D]
+            if control is not None:
+                c = c + self.inject(control, B, T)[:, :, None]
+
+        txt, mask = self.embed_text(text, e_txt[:, 0], len(rope[0]))            # [B, 1, S, D] fp32, [B, 1, 1, T*L + S]
+        x = rearrange(self.condition(x, sigma, text), "b c t (h q) (w r) -> b t (h w) (c q r)", q=q, r=r)
+        x = F.linear(x, self.img_in.proj.weight.flatten(1), self.img_in.proj.bias)      # [B, T, L, D]: the convolution
+        for block in self.double_blocks:
+            x, txt = block(x, txt, c, c_txt, rope, mask)
+        with torch.autocast(x.device.type, enabled=False):
+            shift, scale = self.final_layer.adaLN_modulation(c).chunk(2, -1)            # each [B, T, 1, D]
+            x = self.final_layer.linear(modulate(layer_norm(x, p.eps), shift, scale))   # [B, T, L, C * q * r]
+        return rearrange(x, "b t (h w) (c q r) -> b c t (h q) (w r)", h=H // q, q=q, r=r)
+
+    def condition(self, x, sigma, text):
+        """The network's input [B, 2C + 1, T, H, W]: latents, a clean first frame or zeros, a mask of where it is."""
+        first = text.get("image", x[:, :, :1])                                          # [B, C, 1, H, W]
+        known = ((sigma[:, :1] == 0) | ("image" in text))[:, :, None, None, None].expand_as(first[:, :1])
+        first = torch.cat([torch.where(known, first, 0), known], 1).to(x.dtype)         # [B, C + 1, 1, H, W]
+        return torch.cat([x, F.pad(first, (0, 0, 0, 0, 0, x.shape[2] - 1))], 1)
+
+    def embed_text(self, text, e, N):
+        """Condition tokens [B, 1, S, D] of any order, and the mask of N + S attention keys, None if all are valid."""
+        p, tokens, masks, ragged = self.spec, [], [e.new_ones(len(e), N, dtype=torch.bool)], False
+        kinds = (("text", p.text_dim, self.txt_in), ("glyph", p.glyph_dim, self.byt5_in),
+                 ("vision", p.vision_dim, self.vision_in))                              # rows of cond_type_embedding
+        if unknown := set(text) - {"image", *(name + end for name, *_ in kinds for end in ("", "_mask"))}:
+            raise ValueError(f"{p.name} knows no {sorted(unknown)} in text, only text, glyph, vision, masks and image")
+        for row, (name, width, embed) in enumerate(kinds):
+            states, mask = unpad(text.get(name, e.new_zeros(len(e), 0, width)).float(), text.get(f"{name}_mask"))
+            if states.shape[::2] != (len(e), width) or (row == 0 and not states.shape[1]):
+                raise ValueError(f"text['{name}'] is [{len(e)}, tokens, {width}], got {list(states.shape)}")
+            masks.append(states.new_ones(states.shape[:2], dtype=torch.bool) if mask is None else mask)
+            states = embed(states, mask, e) if row == 0 else embed(states)
+            tokens.append(states.float() + self.cond_type_embedding.weight[row])        # [B, S, D]
+            ragged = ragged or mask is not None
+        return torch.cat(tokens, 1)[:, None], torch.cat(masks, 1)[:, None, None] if ragged else None
+
+
+ARCHITECTURES = {"wan": Wan, "hunyuan": HunyuanVideo}
 
 
 # ---- Build, load, save -----------------------------------------------------------------------------------------------

@@ -154,6 +154,8 @@ class Backbone(nn.Module):
 
     def __init__(self, spec):
         super().__init__()
+        if spec.rope_dims and sum(spec.rope_dims) * spec.heads != spec.dim:
+            raise ValueError(f"rope_dims {spec.rope_dims} must add up to dim / heads = {spec.dim / spec.heads:g}")
         self.spec, self.control = spec, None            # control.attach gives it one
 
     @staticmethod
@@ -410,7 +412,7 @@ class HunyuanVideo(Backbone):
 
     def __init__(self, spec):
         super().__init__(spec)
-        D, V, G, M = spec.dim, spec.vision_dim, spec.glyph_dim, 2048                    # M: for every D
+        D, V, G, M = spec.dim, spec.vision_dim, spec.glyph_dim, 2048                    # M: the official, for any D
         self.img_in = named(proj=nn.Conv3d(2 * spec.channels + 1, D, spec.patch, spec.patch))
         self.time_in = named(mlp=nn.Sequential(nn.Linear(spec.freq_dim, D), nn.SiLU(), nn.Linear(D, D)))
         self.txt_in, self.cond_type_embedding = TokenRefiner(spec), nn.Embedding(3, D)
@@ -438,7 +440,8 @@ class HunyuanVideo(Backbone):
         text [B, S, text_dim], text_mask [B, S]     language model
         glyph [B, S, glyph_dim], glyph_mask         words to be drawn; optional
         vision [B, S, vision_dim], vision_mask      image encoder; optional
-        image [B, C, 1, H, W]                       clean frame 0, if `x` has it noisy; else x's, if sigma is 0
+        image [B, C, 1, H, W]                       clean frame 0 for the condition channels, where `x` has it noisy, as
+                                                    in native image-to-video; else they get x's own where it is clean
         """
         B, C, T, H, W = self.check(x, sigma)
         p, (_, q, r) = self.spec, self.spec.patch

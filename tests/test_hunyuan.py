@@ -317,7 +317,8 @@ def test_bf16_is_as_exact_as_the_official_precision_flow():
     x, text = inputs(V=5)
     half = random_model(layers=12, dim=128, heads=4, ffn=512, rope_dims=(8, 12, 12))
     half.load_state_dict({k: v if model.fp32.search(k) else v.bfloat16() for k, v in model.state_dict().items()}, assign=True)
-    ours, official = [], []
+    ours, official, types = [], [], set()
+    half.double_blocks[-1].register_forward_hook(lambda block, args, out: types.add((out[0].dtype, out[1].dtype)))
     for i in range(2):
         exact, one = slow(model, x, UNIFORM, text, i), slice(i, i + 1)
         with torch.autocast("cpu", torch.bfloat16):
@@ -327,6 +328,7 @@ def test_bf16_is_as_exact_as_the_official_precision_flow():
                 assert v.dtype == torch.float32
                 ours.append((v[0] - exact).norm() / exact.norm())
     assert max(ours) < 1.2 * max(official)
+    assert types == {(torch.bfloat16, torch.float32)}                                   # image and text stream, as official
 
 
 # ---- Files -----------------------------------------------------------------------------------------------------------
@@ -353,7 +355,9 @@ def test_official_files_load_strictly(model, tmp_path):
             load("hunyuan1.5-8b", path, **TINY)
 
 
-def test_bad_text_is_named(model):
+def test_bad_input_is_named(model):
+    with pytest.raises(ValueError, match=r"rope_dims \(2, 8, 4\) must add up to dim / heads = 16"):
+        build("hunyuan1.5-8b", **{**TINY, "rope_dims": (2, 8, 4)})
     x, text = inputs()
     for change, words in (({"glyphs": text["glyph"]}, "knows no .'glyphs'"), ({"text": torch.randn(2, 9, 25)}, r"text\['text'\] is \[2, tokens, 24\]"),
                           ({"text_mask": torch.zeros(2, 9)}, r"got \[2, 0, 24\]"), ({"vision": torch.randn(1, 5, 20)}, r"text\['vision'\]")):

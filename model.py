@@ -1,9 +1,9 @@
 """The video diffusion transformers, each behind one forward: velocity of noisy latents, with one noise level per frame.
 
 Wan2.1-T2V-1.3B and Wan2.2-TI2V-5B (Wan, arXiv:2503.20314) share one architecture; `tiny` and `small` are the same code
-at the size of the embedded world. HunyuanVideo-1.5-8B (arXiv:2511.18870) is a double-stream transformer. Parameter
-names are those of the official checkpoints, so loading is strict and needs no key map; what this project adds lives
-under `control.`.
+at the size of the embedded world. HunyuanVideo-1.5-8B (arXiv:2511.18870) is a double-stream transformer, LTX-2.3-22B the
+video tower of an audio-video model (arXiv:2601.03233). Parameter names are those of the official checkpoints, so
+loading is strict and needs no key map; what this project adds lives under `control.`.
 
     python model.py wan2.2-5b            # sizes, tokens and operations of a preset, nothing allocated
 """
@@ -69,6 +69,7 @@ class Spec:
 
 WAN_NEGATIVE = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，"
                 "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
+LTX_NEGATIVE = "worst quality, inconsistent motion, blurry, jittery, distorted"  # the official list also fits sound
 TINY = Spec("tiny", dim=192, heads=6, ffn=768, layers=8, channels=24, stride=(1, 8, 8), size=(12, 64, 96), fps=8,
             shift=3.0, guidance=2.0, text_dim=64, text_len=16, window=12, source="tiny-stage1.safetensors")
 WAN21 = Spec("wan2.1-1.3b", dim=1536, heads=12, ffn=8960, layers=30, channels=16, stride=(4, 8, 8), size=(81, 480, 832),
@@ -82,6 +83,10 @@ PRESETS = {spec.name: spec for spec in (
     Spec("hunyuan1.5-8b", dim=2048, heads=16, ffn=8192, layers=54, channels=32, stride=(4, 16, 16),
          size=(121, 480, 848), fps=24, shift=5.0, guidance=6.0, text_dim=3584, text_len=1000, patch=(1, 1, 1),
          rope_dims=(16, 56, 56), arch="hunyuan", source="tencent/HunyuanVideo-1.5"),
+    # LTX's own grid is shift e^2.05 stretched to end on 0.1; shift 6 is within 0.017 of it, but for the last 2 of 30.
+    Spec("ltx2.3-22b", dim=4096, heads=32, ffn=16384, layers=48, channels=128, stride=(8, 32, 32), size=(121, 480, 832),
+         fps=24, shift=6.0, guidance=3.0, text_len=1024, patch=(1, 1, 1), arch="ltx", negative=LTX_NEGATIVE, window=16,
+         source="Lightricks/LTX-2.3"),
 )}
 
 
@@ -101,6 +106,11 @@ def named(**parts):
     return nn.Sequential(OrderedDict(parts))
 
 
+def rms_norm(x, eps):
+    """Root-mean-square norm without parameters; statistics in fp32, the result in the dtype of `x`."""
+    return F.rms_norm(x, x.shape[-1:], eps=eps).to(x.dtype)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last axis, statistics in fp32."""
 
@@ -110,8 +120,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        y = x.float()
-        return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+        return rms_norm(x, self.eps) * self.weight
 
 
 def sinusoid(t, dim, dtype=torch.float32):
@@ -490,7 +499,159 @@ class HunyuanVideo(Backbone):
         return torch.cat(tokens, 1)[:, None], torch.cat(masks, 1)[:, None, None] if ragged else None
 
 
-ARCHITECTURES = {"wan": Wan, "hunyuan": HunyuanVideo}
+# ---- LTX-2.3 ---------------------------------------------------------------------------------------------------------
+
+LTX_SPAN = (20, 2048, 2048)             # seconds, pixels down, pixels across: positions run from -1 to 1 over these
+LTX_UNUSED = re.compile(                # the rest of the official file: codecs, vocoder, text side, everything of audio
+    r"(vae|audio_vae|vocoder|text_embedding_projection)\.|model\.diffusion_model\.(audio_|video_embeddings_connector\.|"
+    r"av_ca_|transformer_blocks\.\d+\.(audio_|video_to_audio_|scale_shift_table_a2v_ca_))")
+
+
+def ltx_rope(frames, rows, columns, fps, spec):
+    """cos and sin [heads, T * rows * columns, head_dim / 2] of LTX's rotary embedding (RoFormer, arXiv:2104.09864).
+
+    A token stands at the middle of what it covers. Latent frame f covers the pixel frames 8f - 7 to 8f + 1; the VAE is
+    causal and nothing comes before frame 0, hence the clamp. A fractional f is placed by the same formula.
+    One ladder of frequencies runs through all heads, slow to fast, with a slot for t, y and x at each step; the slots
+    left over come first and do not turn. Angles reach 15,708, where fp32 rounds visibly: this is the official order.
+    """
+    s, J, device = spec.stride[0], spec.dim // 6, frames.device
+    end = s * frames.float() + 1
+    start, end = (end - s).clamp(min=0) / fps, end / fps
+    middles = [(start + end) / 2] + [stride * (torch.arange(n, device=device) + 0.5)
+                                     for n, stride in zip((rows, columns), spec.stride[1:])]
+    axes = [2 * (middle / span) - 1 for middle, span in zip(middles, LTX_SPAN)]
+    grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 1, 3)      # [N, 1, 3]
+    omega = 10000 ** torch.linspace(0, 1, J, dtype=torch.float64, device=device) * (math.pi / 2)
+    angle = (grid * omega.float()[:, None]).flatten(1)                                  # [N, 3 * J]: t y x t y x ...
+    angle = rearrange(F.pad(angle, (spec.dim // 2 - 3 * J, 0)), "n (h d) -> h n d", h=spec.heads)
+    return angle.cos(), angle.sin()
+
+
+def rotate_halves(x, rope):
+    """Turn channels i and i + d/2 of x [B, heads, N, d] by `rope` (cos, sin [heads, N, d/2]); always in fp32."""
+    cos, sin = rope                                                                     # the official rotates in bf16
+    a, b = x.float().chunk(2, -1)                                                       # each [B, heads, N, d / 2]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+class LTXAttention(nn.Module):
+    """Attention to `context` or to `x` itself, without masks; a gate on each head's output, 1 at a logit of 0."""
+
+    def __init__(self, dim, heads, eps):
+        super().__init__()
+        self.heads = heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
+        self.q_norm, self.k_norm = RMSNorm(dim, eps), RMSNorm(dim, eps)
+        self.to_gate_logits, self.to_out = nn.Linear(dim, heads), nn.Sequential(nn.Linear(dim, dim))
+
+    def forward(self, x, context=None, rope=None):      # [B, N, D], [B, S, D]
+        context = x if context is None else context
+        q, k, v = self.q_norm(self.to_q(x)), self.k_norm(self.to_k(context)), self.to_v(context)
+        q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=self.heads) for y in (q, k, v))
+        if rope is not None:
+            q, k = rotate_halves(q, rope), rotate_halves(k, rope)
+        y = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)             # [B, heads, N, d]
+        gate = 2 * self.to_gate_logits(x).sigmoid()                                     # [B, N, heads]
+        return self.to_out((rearrange(y, "b h n d -> b n h d") * gate[..., None]).flatten(2))
+
+
+class LTXBlock(nn.Module):
+    """Transformer block of LTX-2's video stream (arXiv:2601.03233), without its exchange with audio.
+
+    One modulation vector per latent frame, as in Wan: a table of the block plus a vector that all blocks share
+    (adaLN-single of PixArt, arXiv:2310.00426). The text is modulated too, so its keys and values depend on sigma.
+    """
+
+    def __init__(self, spec):
+        super().__init__()
+        D, self.eps = spec.dim, spec.eps
+        self.scale_shift_table = nn.Parameter(torch.randn(9, D) / D ** 0.5)
+        self.prompt_scale_shift_table = nn.Parameter(torch.randn(2, D) / D ** 0.5)
+        self.attn1, self.attn2 = (LTXAttention(D, spec.heads, spec.eps) for _ in range(2))
+        self.ff = named(net=nn.Sequential(named(proj=nn.Linear(D, spec.ffn)), nn.GELU("tanh"), nn.Linear(spec.ffn, D)))
+
+    def forward(self, x, m, m_text, text, rope):        # [B, T, L, D], [B, T, 9, D] fp32, [B, 2, D] fp32, [B, S, D]
+        T, L = x.shape[1:3]
+        m = (m + self.scale_shift_table).to(x.dtype)                # summed in fp32, applied in the run's dtype
+        shift1, scale1, gate1, shift3, scale3, gate3, shift2, scale2, gate2 = m.split(1, 2)         # each [B, T, 1, D]
+
+        h = modulate(rms_norm(x, self.eps), shift1, scale1).flatten(1, 2)               # [B, T*L, D]
+        x = x + gate1 * self.attn1(h, rope=rope).unflatten(1, (T, L))                   # [B, T, L, D]
+
+        h = modulate(rms_norm(x, self.eps), shift2, scale2).flatten(1, 2)
+        text = modulate(text, *(m_text + self.prompt_scale_shift_table).to(x.dtype).split(1, 1))    # [B, S, D]
+        x = x + gate2 * self.attn2(h, text).unflatten(1, (T, L))
+
+        return x + gate3 * self.ff(modulate(rms_norm(x, self.eps), shift3, scale3))
+
+
+class LTX(Backbone):
+    """LTX-2.3-22B's video tower, 13.1 B parameters; its attribute `fps` is the frame rate: time is in seconds."""
+
+    block_list = "transformer_blocks"
+    fp32 = re.compile(r"^(adaln|prompt_adaln|proj_out|control)|_norm|scale_shift_table")
+
+    def __init__(self, spec):
+        super().__init__(spec)
+        D, self.fps = spec.dim, spec.fps
+        if spec.text_dim != D:
+            raise ValueError(f"{spec.name} attends to text of its own width: text_dim {spec.text_dim} is not dim {D}")
+        self.patchify_proj = nn.Linear(spec.channels, D)
+        self.adaln_single, self.prompt_adaln_single = (
+            named(emb=named(timestep_embedder=named(linear_1=nn.Linear(spec.freq_dim, D), act=nn.SiLU(),
+                                                    linear_2=nn.Linear(D, D))),
+                  act=nn.SiLU(), linear=nn.Linear(D, rows * D)) for rows in (9, 2))
+        self.transformer_blocks = nn.ModuleList(LTXBlock(spec) for _ in range(spec.layers))
+        self.scale_shift_table = nn.Parameter(torch.randn(2, D) / D ** 0.5)
+        self.proj_out = nn.Linear(D, spec.channels)
+
+    @staticmethod
+    def official(key):
+        return None if LTX_UNUSED.match(key) else Backbone.official(key)
+
+    def initialise(self):
+        """Ours, as none is published: Xavier linears, N(0, 0.02) time embeddings, a zero head; gates start at 1."""
+        for name, p in self.named_parameters():
+            if re.search(r"bias$|^proj_out|to_gate_logits", name):
+                nn.init.zeros_(p)
+            elif "timestep_embedder" in name:
+                nn.init.normal_(p, std=0.02)
+            elif name.endswith("weight") and p.ndim == 2:
+                nn.init.xavier_uniform_(p)
+        return self
+
+    def forward(self, x, sigma, text, control=None, frames=None):
+        """See `Backbone.forward`. text: {"text": [B, S, dim]} of the text connector: S = 1024, every row valid.
+
+        The text is read at the noise level of the noisiest frame, the one being made, whatever the history. Give
+        `frames` when `x` is not a video's beginning: frame 0 is a single pixel frame, every other is eight.
+        """
+        B, C, T, H, W = self.check(x, sigma)
+        p, states = self.spec, text["text"]
+        if states.shape[::2] != (B, p.dim):
+            raise ValueError(f"text states are [{B}, S, {p.dim}], got {list(states.shape)}")
+        rope = ltx_rope(torch.arange(T, device=x.device) if frames is None else frames, H, W, self.fps, p)
+
+        e, e_text = (sinusoid(1000 * s, p.freq_dim, torch.float32) for s in (sigma, sigma.amax(1)))
+        with torch.autocast(x.device.type, enabled=False):                           # the time path is never below fp32
+            e = self.adaln_single.emb(e)                                                # [B, T, D]
+            if control is not None:
+                e = e + self.inject(control, B, T)
+            m = self.adaln_single.linear(F.silu(e)).unflatten(-1, (9, p.dim))           # [B, T, 9, D]
+            m_text = self.prompt_adaln_single(e_text).unflatten(-1, (2, p.dim))         # [B, 2, D]
+
+        x = self.patchify_proj(rearrange(x, "b c t h w -> b t (h w) c"))                # [B, T, L, D], the run's dtype
+        states = states.to(x.dtype)
+        for block in self.transformer_blocks:
+            x = block(x, m, m_text, states, rope)
+        with torch.autocast(x.device.type, enabled=False):
+            shift, scale = (e[:, :, None] + self.scale_shift_table).split(1, 2)         # each [B, T, 1, D]
+            x = self.proj_out(modulate(layer_norm(x, p.eps), shift, scale))             # [B, T, L, C]
+        return rearrange(x, "b t (h w) c -> b c t h w", h=H)
+
+
+ARCHITECTURES = {"wan": Wan, "hunyuan": HunyuanVideo, "ltx": LTX}
 
 
 # ---- Build, load, save -----------------------------------------------------------------------------------------------

@@ -8,13 +8,16 @@ loading is strict and needs no key map; what this project adds lives under `cont
     python model.py wan2.2-5b            # sizes, tokens and operations of a preset, nothing allocated
 """
 
+import contextlib
 import json
 import math
 import re
 import sys
 from collections import OrderedDict
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from types import MethodType
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +27,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 import control as control_module
 
@@ -58,6 +63,7 @@ class Spec:
     chunk: int = 4                              # K, latent frames generated together
     window: int = 20                            # latent frames the teacher is trained on: history and chunk
     source: str = ""                            # hub repository, or the file shipped in assets/
+    file: str = "diffusion_pytorch_model*.safetensors"      # its weights in that repository
 
     def latent_frames(self, frames):
         return (frames - 1) // self.stride[0] + 1
@@ -82,11 +88,12 @@ PRESETS = {spec.name: spec for spec in (
             size=(121, 704, 1280), fps=24, source="Wan-AI/Wan2.2-TI2V-5B"),
     Spec("hunyuan1.5-8b", dim=2048, heads=16, ffn=8192, layers=54, channels=32, stride=(4, 16, 16),
          size=(121, 480, 848), fps=24, shift=5.0, guidance=6.0, text_dim=3584, text_len=1000, patch=(1, 1, 1),
-         rope_dims=(16, 56, 56), arch="hunyuan", source="tencent/HunyuanVideo-1.5"),
+         rope_dims=(16, 56, 56), arch="hunyuan", source="tencent/HunyuanVideo-1.5",
+         file="transformer/480p_t2v/diffusion_pytorch_model.safetensors"),
     # LTX's own grid is shift e^2.05 stretched to end on 0.1; shift 6 is within 0.017 of it, but for the last 2 of 30.
     Spec("ltx2.3-22b", dim=4096, heads=32, ffn=16384, layers=48, channels=128, stride=(8, 32, 32), size=(121, 480, 832),
          fps=24, shift=6.0, guidance=3.0, text_len=1024, patch=(1, 1, 1), arch="ltx", negative=LTX_NEGATIVE, window=16,
-         source="Lightricks/LTX-2.3"),
+         source="Lightricks/LTX-2.3", file="ltx-2.3-22b-dev.safetensors"),
 )}
 
 
@@ -155,6 +162,15 @@ def rotate(x, rope):
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
 
 
+FASTEST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def attention(q, k, v, mask=None):
+    """Softmax attention [B, heads, N, d] by the first kernel of FASTEST that can; on Hopper cuDNN is 1.6 times flash."""
+    with sdpa_kernel(FASTEST, set_priority=True) if q.is_cuda else contextlib.nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
 class Backbone(nn.Module):
     """What every architecture is to the rest of the project; a subclass has its parts under their official names."""
 
@@ -171,6 +187,10 @@ class Backbone(nn.Module):
     def official(key):
         """This class's name of a tensor of the official file; None for one that it does not use."""
         return key.removeprefix("model.diffusion_model.")
+
+    def stored_dtype(self, key, dtype):
+        """Of a parameter in a model with `dtype` weights: what computes in fp32 is stored so."""
+        return torch.float32 if self.fp32.search(key) else dtype
 
     def forward(self, x, sigma, text, control=None, frames=None):
         """Velocity [B, C, T, H, W] of the latents `x`.
@@ -219,7 +239,7 @@ class Attention(nn.Module):
         q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=self.heads) for y in (q, k, v))
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        y = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)             # [B, heads, N, d]
+        y = attention(q.to(v.dtype), k.to(v.dtype), v)                                  # [B, heads, N, d]
         return self.o(rearrange(y, "b h n d -> b n (h d)"))
 
 
@@ -351,7 +371,7 @@ class RefinerBlock(nn.Module):
     def forward(self, h, c, mask):                      # [B, S, D] fp32, [B, 1, D], [B, 1, 1, S] or None
         gate1, gate2 = self.adaLN_modulation(c).chunk(2, -1)                            # each [B, 1, D]
         q, k, v = rearrange(self.self_attn_qkv(self.norm1(h)), "b s (n h d) -> n b h s d", n=3, h=self.heads)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)                     # [B, heads, S, d]
+        y = attention(q, k, v, mask)                                                    # [B, heads, S, d]
         h = h + gate1 * self.self_attn_proj(rearrange(y, "b h s d -> b s (h d)"))
         return h + gate2 * self.mlp(self.norm2(h))
 
@@ -404,7 +424,7 @@ class HunyuanBlock(nn.Module):
         q = torch.cat([rotate(self.img_attn_q_norm(q), rope).to(v.dtype), self.txt_attn_q_norm(tq).to(v.dtype)], 2)
         k = torch.cat([rotate(self.img_attn_k_norm(k), rope).to(v.dtype), self.txt_attn_k_norm(tk).to(v.dtype)], 2)
         v = torch.cat([v, tv], 2)                                                       # [B, heads, T*L + S, d]
-        y = rearrange(F.scaled_dot_product_attention(q, k, v, attn_mask=mask), "b h n d -> b n (h d)")
+        y = rearrange(attention(q, k, v, mask), "b h n d -> b n (h d)")
 
         x = x + gate1 * self.img_attn_proj(y[:, :T * L]).unflatten(1, (T, L))           # [B, T, L, D]
         txt = txt + tgate1 * self.txt_attn_proj(y[:, T * L:])[:, None]                  # [B, 1, S, D]
@@ -551,7 +571,7 @@ class LTXAttention(nn.Module):
         q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=self.heads) for y in (q, k, v))
         if rope is not None:
             q, k = rotate_halves(q, rope), rotate_halves(k, rope)
-        y = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)             # [B, heads, N, d]
+        y = attention(q.to(v.dtype), k.to(v.dtype), v)                                  # [B, heads, N, d]
         gate = 2 * self.to_gate_logits(x).sigmoid()                                     # [B, N, heads]
         return self.to_out((rearrange(y, "b h n d -> b n h d") * gate[..., None]).flatten(2))
 
@@ -672,10 +692,32 @@ def build(name, control="adaln", **fields):
     return model if control is None else control_module.attach(model, control)
 
 
-def compile_blocks(model):
+# What a block under checkpointing keeps: the results of attention, few bytes for the dearest work.
+KEPT = [getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}").default for kernel in (
+    "cudnn_attention", "flash_attention", "efficient_attention", "flash_attention_for_cpu")]
+
+
+def checkpoint_blocks(model, keep_attention=True):
+    """Make each block keep its input and its attention, and compute the rest again in the backward pass, in place.
+
+    `keep_attention=False` computes attention again too. Call it before `compile_blocks`: the compiler then sees the
+    checkpoint inside the block and obeys it. Around a compiled block, attention could not be told from the rest.
+    """
+    contexts = partial(create_selective_checkpoint_contexts, KEPT) if keep_attention else noop_context_fn
+
+    def forward(block, *args):                          # nothing in a block is random: no generator state to keep
+        return checkpoint(type(block).forward, block, *args, use_reentrant=False, preserve_rng_state=False,
+                          context_fn=contexts)
+
+    for block in getattr(model, model.block_list):
+        block.forward = MethodType(forward, block)
+    return model
+
+
+def compile_blocks(model, **options):
     """Compile each transformer block in place; all share one compilation per shape. What stays eager is small."""
     for block in getattr(model, model.block_list):
-        block.compile(dynamic=False)
+        block.compile(dynamic=False, **options)
     return model
 
 
@@ -683,27 +725,26 @@ def load(name, source=None, device="cpu", dtype=torch.float32, **fields):
     """A backbone filled from `source`: a safetensors file, a folder in the official layout, or a hub repository id.
 
     The file's keys must be the model's keys; control parameters are optional, for official files have none. With
-    bfloat16 weights run it under torch.autocast; the time path, norms and head keep fp32 weights.
+    bfloat16 weights run it under torch.autocast; the time path, norms and head keep fp32 weights. Tensors go one by one
+    from the mapped file to `device`; on the CPU, those that need no conversion stay in the file's pages.
     Errors (ValueError, OSError) name the file and the key.
     """
     spec = preset(name, **fields)
-    tensors, origin = read_weights(source or default_source(spec), name)
-    official = ARCHITECTURES[spec.arch].official
-    tensors = {own: value for key, value in tensors.items() if (own := official(key))}
-    has_control = any(key.startswith("control.") for key in tensors)
+    source = source or default_source(spec)
+    stored = headers(weight_files(source, spec), spec)
     with torch.device("meta"):
-        model = build(name, "adaln" if has_control else None, **fields)
-    expected = model.state_dict()
-    for key in [*expected, *tensors]:
-        if key not in tensors:
-            raise ValueError(f"{origin} has no tensor '{key}', which {name} needs; is it a checkpoint of {name}?")
+        model = build(name, "adaln" if any(key.startswith("control.") for key in stored) else None, **fields)
+    expected, doubt = {key: list(p.shape) for key, p in model.state_dict().items()}, f"is it a checkpoint of {name}?"
+    for key in expected:
+        if key not in stored:
+            raise ValueError(f"{source} has no tensor '{key}', which {name} needs; {doubt}")
+    for key, (file, _, shape) in stored.items():
         if key not in expected:
-            raise ValueError(f"{origin} has a tensor '{key}' that {name} does not know; is it a checkpoint of {name}?")
-        if tensors[key].shape != expected[key].shape:
-            raise ValueError(f"{origin}: '{key}' is {list(tensors[key].shape)}, but {name} needs "
-                             f"{list(expected[key].shape)}; is it a checkpoint of {name}?")
-    tensors = {k: v.to(device, torch.float32 if model.fp32.search(k) else dtype) for k, v in tensors.items()}
-    model.load_state_dict(tensors, strict=True, assign=True)
+            raise ValueError(f"{file} has a tensor '{key}' that {name} does not know; {doubt}")
+        if shape != expected[key]:
+            raise ValueError(f"{file}: '{key}' is {shape}, but {name} needs {expected[key]}; {doubt}")
+    state = {key: part[...].to(device).to(model.stored_dtype(key, dtype)) for key, part in read(stored)}
+    model.load_state_dict(state, strict=True, assign=True)
     return model.requires_grad_(True)
 
 
@@ -712,42 +753,60 @@ def default_source(spec):
     return ASSETS / spec.source if spec.source.endswith(".safetensors") else spec.source
 
 
-def weight_files(source):
-    """The safetensors files of a checkpoint: one file, a folder (single or sharded with an index), a hub repository."""
+def weight_files(source, spec):
+    """The safetensors files of a checkpoint: a file, or a folder or hub repository in the official layout or bare."""
     path = Path(source)
-    if not path.exists() and str(source).count("/") == 1 and not path.suffix:
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and path.suffix != ".safetensors":
         try:
-            path = Path(snapshot_download(str(source), allow_patterns=["diffusion_pytorch_model*", "config.json"]))
+            path = Path(snapshot_download(str(source), allow_patterns=[spec.file, f"{spec.file}.index.json"]))
         except (HfHubHTTPError, HFValidationError, OSError) as error:
             raise OSError(f"{source} is no local folder and could not be fetched from the hub: {error}") from None
     if path.is_file():
         return [path]
     if not path.exists():
         raise OSError(f"checkpoint {source} does not exist; give a safetensors file, a folder or a hub repository id")
-    index = sorted(path.glob("*.safetensors.index.json"))
-    files = sorted({path / name for name in json.loads(index[0].read_text())["weight_map"].values()}) if index \
-        else sorted(path.glob("*.safetensors"))
-    if not files or (len(files) > 1 and not index):
-        raise OSError(f"folder {source} has {len(files)} safetensors files and {'an' if index else 'no'} index")
+    official = path / spec.file
+    folder = official.parent if official.parent.is_dir() else path
+    files = sorted(folder.glob(official.name)) or sorted(folder.glob("*.safetensors"))
+    index = sorted(folder.glob("*.safetensors.index.json"))
+    if len(index) == 1:
+        try:
+            files = sorted({folder / name for name in json.loads(index[0].read_text())["weight_map"].values()})
+        except (ValueError, KeyError):
+            raise OSError(f"{index[0]} is not an index of safetensors files; fetch it again") from None
+    elif len(files) != 1:
+        raise OSError(f"{folder} has {len(files)} safetensors files and {len(index)} indices, not {spec.file} of "
+                      f"{spec.name}; give the file itself")
     return files
 
 
-def read_weights(source, name):
-    """All tensors of a checkpoint, memory-mapped, and what to call it in errors. Refuses files of another preset."""
-    tensors, files = {}, weight_files(source)
+def headers(files, spec):
+    """{our name: (file, key in it, shape)} from the headers alone. Refuses files of another preset."""
+    official, stored = ARCHITECTURES[spec.arch].official, {}
     for file in files:
         try:
             with safe_open(file, "pt") as reader:
-                made_for = (reader.metadata() or {}).get("backbone", name)
-                if made_for != name:
-                    raise ValueError(f"{file} was made for the backbone {made_for}, not {name}; "
+                made_for = (reader.metadata() or {}).get("backbone", spec.name)
+                if made_for != spec.name:
+                    raise ValueError(f"{file} was made for the backbone {made_for}, not {spec.name}; "
                                      f"give --backbone {made_for}")
-                tensors.update({key: reader.get_tensor(key) for key in reader.keys()})
+                stored |= {official(key): (file, key, reader.get_slice(key).get_shape()) for key in reader.keys()}
         except FileNotFoundError:
-            raise OSError(f"checkpoint {file} does not exist, though {source} names it; fetch it again") from None
+            raise OSError(f"checkpoint {file} does not exist, though its index names it; fetch it again") from None
         except SafetensorError as error:
-            raise OSError(f"{file} is not a complete safetensors file ({error}); fetch or make it again") from None
-    return tensors, str(files[0] if len(files) == 1 else files[0].parent)
+            raise OSError(f"{file} is not a complete safetensors file ({error}); fetch it again, or convert it if it "
+                          "is of another format") from None
+    return {name: where for name, where in stored.items() if name is not None}
+
+
+def read(stored):
+    """(name, slice) of each tensor in `stored`; slice[...] is the tensor, a view of the mapped file, and slice[a:b] the
+    rows that a rank of a sharded model needs. One file is open at a time."""
+    for file in dict.fromkeys(file for file, *_ in stored.values()):
+        with safe_open(file, "pt") as reader:
+            for name, (home, key, _) in stored.items():
+                if home == file:
+                    yield name, reader.get_slice(key)
 
 
 def save(model, path, dtype=torch.bfloat16, weights=None, **notes):
@@ -761,15 +820,31 @@ def save(model, path, dtype=torch.bfloat16, weights=None, **notes):
 
 # ---- Counting --------------------------------------------------------------------------------------------------------
 
+def wan_macs(p, D, T, N, S):
+    """Multiply-adds of linear layers; query-key pairs of self-attention, and of attention to or among S text tokens."""
+    block = N * (6 * D ** 2 + 2 * D * p.ffn) + S * 2 * D ** 2
+    ends = N * 2 * p.channels * math.prod(p.patch) * D + S * (p.text_dim * D + D ** 2) + T * (p.freq_dim * D + 7 * D ** 2)
+    return p.layers * block + ends, p.layers * N ** 2, p.layers * N * S
+
+
+def hunyuan_macs(p, D, T, N, S):
+    block = (N + S) * (4 * D ** 2 + 2 * D * p.ffn) + (T + 1) * 6 * D ** 2
+    ends = N * (3 * p.channels + 1) * math.prod(p.patch) * D + T * 2 * D ** 2 + (T + 2) * (p.freq_dim * D + D ** 2)
+    refiner = 2 * (S * 12 * D ** 2 + 2 * D ** 2) + (S + 1) * p.text_dim * D + D ** 2    # two blocks
+    return p.layers * block + ends + refiner, p.layers * (N + S) ** 2, 2 * S ** 2
+
+
+def ltx_macs(p, D, T, N, S):
+    block = N * (6 * D ** 2 + 2 * D * p.ffn + 2 * D * p.heads) + S * 2 * D ** 2
+    ends = N * 2 * p.channels * D + (T + 1) * (p.freq_dim * D + D ** 2) + (9 * T + 2) * D ** 2
+    return p.layers * block + ends, p.layers * N ** 2, p.layers * N * S
+
+
 def flops(spec, frames, rows, columns, text=None):
-    """Operations of one forward on a token grid, by kind; a multiply-add is two."""
-    D, N, S = spec.dim, frames * rows * columns, text or spec.text_len
-    block = 12 * N * D ** 2 + 4 * S * D ** 2 + 4 * N * D * spec.ffn
-    ends = 4 * N * spec.channels * math.prod(spec.patch) * D + 2 * S * (spec.text_dim * D + D ** 2)
-    time = 2 * frames * (spec.freq_dim * D + D ** 2 + 6 * D ** 2)
-    return {"linear": spec.layers * block + ends + time,
-            "self_attention": 4 * spec.layers * N ** 2 * D,
-            "cross_attention": 4 * spec.layers * N * S * D}
+    """Operations of one forward on a token grid, by kind; a multiply-add is two. `text`: tokens, default text_len."""
+    macs = {"wan": wan_macs, "hunyuan": hunyuan_macs, "ltx": ltx_macs}[spec.arch]
+    linear, own, words = macs(spec, spec.dim, frames, frames * rows * columns, text or spec.text_len)
+    return {"linear": 2 * linear, "self_attention": 4 * spec.dim * own, "text_attention": 4 * spec.dim * words}
 
 
 def describe(name):

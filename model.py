@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import control as control_module
 
@@ -703,11 +703,10 @@ def checkpoint_blocks(model, keep_attention=True):
     `keep_attention=False` computes attention again too. Call it before `compile_blocks`: the compiler then sees the
     checkpoint inside the block and obeys it. Around a compiled block, attention could not be told from the rest.
     """
-    contexts = partial(create_selective_checkpoint_contexts, KEPT) if keep_attention else noop_context_fn
+    kept = {"context_fn": partial(create_selective_checkpoint_contexts, KEPT)} if keep_attention else {}
 
     def forward(block, *args):                          # nothing in a block is random: no generator state to keep
-        return checkpoint(type(block).forward, block, *args, use_reentrant=False, preserve_rng_state=False,
-                          context_fn=contexts)
+        return checkpoint(type(block).forward, block, *args, use_reentrant=False, preserve_rng_state=False, **kept)
 
     for block in getattr(model, model.block_list):
         block.forward = MethodType(forward, block)
@@ -785,7 +784,7 @@ def headers(files, spec):
     official, stored = ARCHITECTURES[spec.arch].official, {}
     for file in files:
         try:
-            with safe_open(file, "pt") as reader:
+            with safe_open(file, "numpy") as reader:        # unlike "pt" it needs no address space of the file's size
                 made_for = (reader.metadata() or {}).get("backbone", spec.name)
                 if made_for != spec.name:
                     raise ValueError(f"{file} was made for the backbone {made_for}, not {spec.name}; "

@@ -1,7 +1,6 @@
 """Speed and memory of the backbones: ours and diffusers' in the same run, against what the GPU was seen to do.
 
     python bench.py forward                                     # the official backbones at native size, one clip
-    python bench.py forward --backbone ltx2.3-22b --no-peer
     python bench.py train                                       # forward and backward with activation checkpointing
 
 Weights are random. The ceiling of a row is the time of its linear layers and of its attention at the best rates seen at
@@ -36,7 +35,8 @@ PATIENCE = 4000                             # ms: a repetition ends after the ca
 class Config:
     """Measure the backbones."""
     backbone: str = ""          # a preset; without it all official ones (train: both of Wan)
-    compile: bool = True        # also with compiled blocks
+    eager: bool = True          # without compiling
+    compile: bool = True        # with compiled blocks
     peer: bool = True           # also diffusers, if it is installed
     repeats: int = 3            # timed calls in each of two repetitions; fewer where calls are slow
     tiny: bool = False          # tiny sizes, on a CPU too: shows that it runs, measures nothing
@@ -44,7 +44,7 @@ class Config:
 
     def __post_init__(self):
         require_positive(self, "repeats")
-        preset(self.backbone or "tiny")
+        preset(self.backbone or "tiny")                 # refuses an unknown one
 
 
 # ---- Timing ----------------------------------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ def jobs(mode, cfg):
         print("diffusers is not installed: no rows of it")
     official = [name for name, p in PRESETS.items() if "/" in p.source and (mode == "forward" or p.arch == "wan")]
     for name in [cfg.backbone] if cfg.backbone else official:
-        for how in ("eager", "compiled") if cfg.compile else ("eager",):
+        for how in ["eager"] * cfg.eager + ["compiled"] * cfg.compile:
             for who, make in makers.items():
                 for kept in [""] if mode == "forward" else ["selective", "full"] if who == "ours" else ["full"]:
                     yield name, who, f"{how} {kept}".strip(), partial(make, compiled=how[0] == "c", checkpointing=kept)

@@ -31,6 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import control as control_module
+import nvfp4
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -725,14 +726,18 @@ def load(name, source=None, device="cpu", dtype=torch.float32, **fields):
 
     The file's keys must be the model's keys; control parameters are optional, for official files have none. With
     bfloat16 weights run it under torch.autocast; the time path, norms and head keep fp32 weights. Tensors go one by one
-    from the mapped file to `device`; on the CPU, those that need no conversion stay in the file's pages.
+    from the mapped file to `device`; on the CPU, those that need no conversion stay in the file's pages. Linears that
+    are packed in the file (nvfp4.py) stay so in memory.
     Errors (ValueError, OSError) name the file and the key.
     """
     spec = preset(name, **fields)
     source = source or default_source(spec)
-    stored = headers(weight_files(source, spec), spec)
+    files = weight_files(source, spec)
+    stored = headers(files, spec)
     with torch.device("meta"):
         model = build(name, "adaln" if any(key.startswith("control.") for key in stored) else None, **fields)
+    if any(key.endswith(".weight_scale") for key in stored):
+        return nvfp4.load(model, files, device, dtype)
     expected, doubt = {key: list(p.shape) for key, p in model.state_dict().items()}, f"is it a checkpoint of {name}?"
     for key in expected:
         if key not in stored:

@@ -31,7 +31,7 @@ LAYERS = {                                              # what is worth it, by t
     "ltx": r"transformer_blocks\.\d+\.(attn[12]\.to_([qkv]|out\.0)|ff\.net\.(0\.proj|2))"}
 MODULATION = r"double_blocks\.\d+\.(img|txt)_mod\.linear"       # a third of HunyuanVideo; sees one row a frame
 DIVISORS = {"te": (16, 32), "fp8": (16, 16)}            # of rows and columns of a weight, for the engine's matmuls
-OUTLIERS = 19.5                                         # dB of a weight; Gaussian ones have 20.4
+LOW = 19.5                                              # dB of a weight below which it is named; Gaussian ones: 20.4
 
 
 # ---- Transformer Engine ----------------------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ def quantize_model(model, mode, keep=(), layers=None, edge_blocks=0, **options):
 
 
 def one_region(model, layer):
-    """Delayed scaling learns its scales from earlier training steps; a step is an outermost region: one forward of all."""
+    """Delayed scaling has its scales from earlier training steps, and a step is an outermost region: a whole forward."""
     regions = []
 
     def enter(module, args):
@@ -324,8 +324,8 @@ def main(cfg):
     for kind, group in kinds(rows).items():
         w, y = (torch.tensor([rows[name][what] for name in group]) for what in ("weight", "output"))
         print(f"{len(group):4} {kind:24} {w.min():10.2f} {w.mean():6.2f} {y.min():17.2f} {y.mean():6.2f}")
-    for name in [name for name in names if rows[name]["weight"] < OUTLIERS]:
-        print(f"outliers: the weight {name} has {rows[name]['weight']:.2f} dB; consider --keep '{re.escape(name)}'")
+    for name in [name for name in names if rows[name]["weight"] < LOW]:
+        print(f"low: {name} has {rows[name]['weight']:.2f} dB in its weight; consider --keep '{re.escape(name)}'")
     print(f"{cfg.backbone}, {mode}: {len(names)} linears, {before / 1e9:.3f} -> {after / 1e9:.3f} GB in memory, "
           f"velocity {total:.2f} dB")
     if mode == "packed":

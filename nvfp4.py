@@ -32,7 +32,6 @@ def nvfp4_scales(x: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor
         b = b.unflatten(0, (-1, BLOCK)).amax(1).repeat_interleave(BLOCK, 0)
     amax = b.amax()
     S = torch.div(torch.full_like(amax, CODE_MAX * SCALE_MAX), amax).clamp(max=FLOAT_MAX)
-    S = torch.where((amax == 0) | (S == 0), 1.0, S)
     s = (b * (S * (1 / CODE_MAX))).clamp(max=SCALE_MAX).to(torch.float8_e4m3fn)         # S / 6 first: others differ
     e = (1 / (s.float() * (1 / S))).clamp(max=FLOAT_MAX)
     return s.view(torch.uint8), e, amax

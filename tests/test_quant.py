@@ -126,6 +126,9 @@ def test_quantize_equals_scalar_arithmetic(tile, dtype):
         assert np.array_equal(scales.numpy(), expected[1]), name
         live = torch.from_numpy(expected[1] != 0).repeat_interleave(16, 1)              # codes of zero scales mean nothing
         assert np.array_equal(nibbles(codes)[live].numpy(), expected[0][live.numpy()]), name
+        factors = np.asarray(scale_table())[expected[1]] * amax.numpy() * np.float32(1 / 2688)      # in this order
+        values = np.float32(VALUES + [-v for v in VALUES])[nibbles(codes)] * factors.repeat(16, 1)
+        assert np.array_equal(dequantize(codes, scales, amax, torch.float32).numpy(), values), name
 
 
 def test_torchao_gives_the_same_bytes():
@@ -281,14 +284,23 @@ def linear(weight, bias=None):
 def test_gradients_are_straight_through(activations, tile):
     layer = EmulatedLinear(linear(randn(32, 64), randn(32)), tile, activations)
     x, g = randn(2, 5, 64, seed=1).requires_grad_(), randn(2, 5, 32, seed=2)
-    (layer(x) * g).sum().backward()
+    y = layer(x)
+    (y * g).sum().backward()
     q = decoded(x.detach()).view_as(x) if activations else x.detach()
+    torch.testing.assert_close(y, F.linear(q, decoded(layer.weight.detach(), tile), layer.bias), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(x.grad, g @ decoded(layer.weight.detach(), tile), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(layer.weight.grad, g.flatten(0, 1).T @ q.flatten(0, 1), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(layer.bias.grad, g.sum((0, 1)))
     y = randn(4, 32).requires_grad_()
     fake_quant(y).mul(3).sum().backward()
     assert torch.equal(y.grad, torch.full((4, 32), 3.0))
+
+
+def test_master_weights_are_rounded_from_fp32():
+    layer, x = linear(randn(32, 64), randn(32)), randn(8, 64, seed=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = EmulatedLinear(layer, (1, 16), False)(x)
+    assert torch.equal(y, F.linear(x.bfloat16(), decoded(layer.weight.detach()).bfloat16(), layer.bias.bfloat16()))
 
 
 def test_on_the_grid_quantization_changes_nothing():

@@ -263,9 +263,10 @@ def load(model, files, device, dtype):
     tensors = {own: value for key, value in tensors.items() if (own := model.official(key))}
     for name in {key.rpartition(".")[0] for key in tensors if key.endswith(".weight_scale")} & linears:
         model.set_submodule(name, PackedLinear(model.get_submodule(name)))
+    kinds = {key: model.stored_dtype(key, dtype) if value.is_floating_point() else value.dtype
+             for key, value in tensors.items()}
     try:
-        model.load_state_dict({key: value.to(device, model.stored_dtype(key, dtype) if value.is_floating_point() else None)
-                               for key, value in tensors.items()}, strict=True, assign=True)
+        model.load_state_dict({key: value.to(device, kinds[key]) for key, value in tensors.items()}, assign=True)
     except RuntimeError as error:
         raise ValueError(f"{files[0]}: {' '.join(str(error).split())}") from None
     return model.requires_grad_(True)

@@ -290,7 +290,7 @@ def buffers(tensors, header, file):
             value = value.view(torch.int32)
         elif leaf == "weight_scale_2":
             key, value = f"{name}.weight_amax", (value.reshape(()) * (CODE_MAX * SCALE_MAX)).view(torch.int32)
-        elif kind == torch.uint8 and said["nibble"] == "high":
+        elif value.dtype == torch.uint8 and said["nibble"] == "high":
             value = value >> 4 | value << 4
         if leaf != "input_scale":                   # of static activations; ours stay in 16 bits or bring their own
             out[key] = value

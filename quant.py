@@ -163,7 +163,7 @@ def quantize_model(model, mode, keep=(), layers=None, edge_blocks=0, **options):
 
 
 def one_region(model, layer):
-    """Delayed scaling has its scales from earlier training steps, and a step is an outermost region: a whole forward."""
+    """Delayed scaling has its scales from earlier training steps; a step is an outermost region: a whole forward."""
     regions = []
 
     def enter(module, args):

@@ -82,6 +82,16 @@ def test_every_layout_of_an_official_checkpoint_loads(official, tmp_path, monkey
     assert asked == [((PRESETS[name].source,), {"allow_patterns": wanted})]             # of hundreds of gigabytes
 
 
+def test_a_repository_of_many_models_has_this_one_in_a_folder(tmp_path):
+    tensors = build(NAME, control=None, **TINY).state_dict()
+    for size in ("480p", "720p"):
+        (tmp_path / "transformer" / size).mkdir(parents=True)
+        save_file(tensors, tmp_path / "transformer" / size / "model.safetensors")
+    for source in (tmp_path, tmp_path / "transformer" / "480p"):
+        loaded = load(NAME, source, file="transformer/480p/model.safetensors", **TINY)
+        assert all(torch.equal(value, tensors[key]) for key, value in loaded.state_dict().items())
+
+
 def test_the_native_size_is_known_from_its_header(tmp_path, monkeypatch):
     monkeypatch.setattr(model, "read", lambda stored: ((key, torch.empty(shape, device="meta"))
                                                        for key, (_, _, shape) in stored.items()))

@@ -12,6 +12,7 @@ import math
 import re
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import control as control_module
 
@@ -320,6 +322,27 @@ def build(name, control="adaln", **fields):
     if not next(model.parameters()).is_meta:
         model.initialise()
     return model if control is None else control_module.attach(model, control)
+
+
+def build_on(device, dtype, name, **fields):
+    """`build` in place on a device, weights in `dtype` but where the official run computes in fp32: no second copy."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = build(name, **fields)
+    finally:
+        torch.set_default_dtype(before)
+    for key, p in model.named_parameters():
+        p.data = p.data.float() if model.fp32.search(key) else p.data
+    return model
+
+
+def checkpoint_blocks(model):
+    """Keep only each block's input and recompute the rest in the backward pass (arXiv:1604.06174)."""
+    for block in getattr(model, model.block_list):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    return model
 
 
 def compile_blocks(model):

@@ -47,9 +47,10 @@ def dmd_gradient(teacher, critic, x0, cond, null, sigma, guidance, mask, noise):
 
     weight = per_sample((x0 - real).abs(), mask)                                        # [B]
     grad = (fake - real) / weight[:, None, None, None, None] * mask[:, None, :, None, None]
-    if not torch.isfinite(grad).all():
-        raise FloatingPointError(f"the DMD gradient is not finite; noise levels {sigma.amax(1).tolist()}, "
-                                 f"normalisers {weight.tolist()}")
+    bad = ~grad.isfinite().flatten(1).all(1)
+    if bad.any():
+        raise FloatingPointError(f"the DMD gradient of samples {bad.nonzero()[:, 0].tolist()} is not finite; noise levels "
+                                 f"{sigma.amax(1)[bad].tolist()}, normalisers {weight[bad].tolist()}")
     return grad
 
 

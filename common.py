@@ -182,7 +182,8 @@ def provenance():
             "device": device, "processes": world_size()}
 
 
-HARMLESS = {"out", "steps", "save_every", "log_every", "preview", "compile", "cuda_graphs"}  # may change on resuming
+HARMLESS = {"out", "steps", "save_every", "log_every", "preview", "compile", "cuda_graphs", "recompute", "validate",
+            "health", "patience"}                                                       # may change on resuming
 
 
 class Run:

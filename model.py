@@ -693,6 +693,20 @@ def build(name, control="adaln", **fields):
     return model if control is None else control_module.attach(model, control)
 
 
+def build_on(device, dtype, name, **fields):
+    """`build` in place on a device, weights in `dtype` but where the official run computes in fp32: no second copy."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = build(name, **fields)
+    finally:
+        torch.set_default_dtype(before)
+    for key, p in model.named_parameters():
+        p.data = p.data.float() if model.fp32.search(key) else p.data
+    return model
+
+
 # What a block under checkpointing keeps: the results of attention, few bytes for the dearest work.
 KEPT = [getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}").default for kernel in (
     "cudnn_attention", "flash_attention", "efficient_attention", "flash_attention_for_cpu")]

@@ -52,18 +52,22 @@ def chunk_velocity(velocity, history, x, sigma, condition):
     return velocity(torch.cat([history, x], 2), levels, condition)[:, :, n:].float()
 
 
-def few_step(velocity, history, shape, sigmas, condition, noise, grad_step=None):
+def few_step(velocity, history, shape, sigmas, condition, noise, grad_step=None, complete=True):
     """Few-step generator: predict x0, renoise to the next level, repeat. Returns (sample, finished), [B, C, K, H, W].
 
     Without `grad_step` both are the result of all steps. With it, `sample` is the x0 predicted at that step, the only
     one that builds a graph (Self Forcing, arXiv:2506.08009); the remaining steps run without, and `finished`, detached,
-    is what the next chunk sees: the history that inference would have.
+    is what the next chunk sees: the history that inference would have. Without `complete` it is the sample, as in
+    Self Forcing.
     """
     x, sample, outer = noise(shape), None, torch.is_grad_enabled()
     for i, sigma in enumerate(sigmas[:-1]):
         with torch.set_grad_enabled(outer and i == grad_step):
             x0 = velocity_to_x0(chunk_velocity(velocity, history, x, sigma, condition), x, sigma)
-        sample = x0 if i == grad_step else sample
+        if i == grad_step:
+            sample = x0
+            if not complete:
+                return sample, sample.detach()
         x = add_noise(x0.detach(), noise(shape), sigmas[i + 1]) if sigmas[i + 1] > 0 else x0.detach()
     return (x if sample is None else sample), x
 
@@ -78,6 +82,21 @@ def ode(velocity, history, shape, sigmas, condition, noise):
 
 # ---- Many chunks -----------------------------------------------------------------------------------------------------
 
+def chunks(velocity, condition, prefix, frames, sigmas, chunk, window, noise, sampler, options_at):
+    """The loop: (samples, finished), both [B, C, frames, H, W]; `options_at(n)` go to the sampler of the chunk that
+    ends at frame n."""
+    B, C, n, H, W = prefix.shape
+    clean, samples = prefix, [prefix]
+    while n < frames:
+        K = min(chunk, frames - n)
+        start = max(0, n - (window - chunk))
+        sample, finished = sampler(velocity, clean[:, :, start:], (B, C, K, H, W), sigmas,
+                                   condition.frames(start, n + K), noise, **options_at(n + K))
+        clean, n = torch.cat([clean, finished], 2), n + K                               # [B, C, n, H, W]
+        samples.append(sample)
+    return torch.cat(samples, 2), clean
+
+
 def rollout(velocity, condition, prefix, frames, sigmas, chunk, window, noise, sampler=few_step, **options):
     """Extend the clean `prefix` [B, C, n, H, W] (n may be 0) to `frames` latent frames, `chunk` at a time.
 
@@ -85,16 +104,57 @@ def rollout(velocity, condition, prefix, frames, sigmas, chunk, window, noise, s
     the labels of its own window, so later actions cannot change earlier chunks. Gradient never flows through history.
     Returns [B, C, frames, H, W]; `options` go to the sampler.
     """
-    B, C, n, H, W = prefix.shape
-    clean, samples = prefix, [prefix]
-    while n < frames:
-        K = min(chunk, frames - n)
-        start = max(0, n - (window - chunk))
-        sample, finished = sampler(velocity, clean[:, :, start:], (B, C, K, H, W), sigmas,
-                                   condition.frames(start, n + K), noise, **options)
-        clean, n = torch.cat([clean, finished], 2), n + K                               # [B, C, n, H, W]
-        samples.append(sample)
-    return torch.cat(samples, 2)
+    return chunks(velocity, condition, prefix, frames, sigmas, chunk, window, noise, sampler, lambda n: options)[0]
+
+
+# ---- Training --------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Plan:
+    """A training rollout: `start` real frames, then whole chunks up to `frames`; the loss sees frames `first` on."""
+    start: int
+    frames: int
+    first: int
+
+    @property
+    def made(self):
+        """Generated frames in the loss window."""
+        return self.frames - max(self.start, self.first)
+
+    def mask(self, B, device):
+        """[B, T] of the loss window: which of its frames are generated."""
+        return (torch.arange(self.first, self.frames, device=device) >= self.start).expand(B, -1)
+
+
+def draw_plan(shared, spec, frames, t2v, i2v, past=0, most=None, short=0.0):
+    """Start, length and loss window of a rollout. Ranks that draw from equal `shared` draw the same.
+
+    It starts from nothing (t2v), from one real frame (i2v) or from real chunks: one, or up to `past` frames of them, a
+    stored past. Chunks follow as `frames` has room for, a start of at most one chunk included; at most `most`, and a
+    share `short` of rollouts has fewer. When they outgrow the teacher's window, the loss is on a random window of them
+    that ends with a chunk, and the rollout ends there: what comes later cannot change it.
+    """
+    u, K = shared.random(), spec.chunk
+    start = n = 0 if u < t2v else 1 if u < t2v + i2v else K
+    if n == K and past > K:
+        start = K * shared.randint(1, past // K)
+    M = min((frames - n) // K, most or frames)
+    if short and shared.random() < short:
+        M = shared.randint(1, M)
+    fit = (spec.window - n) // K                                                        # chunks that one window holds
+    end = start + K * (shared.randint(fit, M) if M > fit else M)
+    return Plan(start, end, max(0, end - spec.window))
+
+
+def self_rollout(velocity, condition, prefix, plan, spec, sigmas, noise, grad_step, complete=True):
+    """The rollout that stage 2 trains on (Self Forcing): (samples, finished), both [B, C, plan.frames, H, W].
+
+    Within the loss window `samples` holds the x0 of step `grad_step` with its graph; before it, as in all of
+    `finished`, what inference would make.
+    """
+    in_window = {"grad_step": grad_step, "complete": complete}
+    return chunks(velocity, condition, prefix, plan.frames, sigmas, spec.chunk, spec.window, noise, few_step,
+                  lambda n: in_window if n > plan.first else {})
 
 
 # ---- A world to play in ----------------------------------------------------------------------------------------------

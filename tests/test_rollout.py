@@ -1,5 +1,8 @@
 """The rollout: causal in actions, one gradient step a chunk, none through history, the same for training and inference."""
 
+import random
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -8,7 +11,7 @@ from control import Condition, Control
 from encode import codec
 from flow import schedule
 from model import build
-from rollout import WorldModel, few_step, guided, ode, rollout, velocity_of
+from rollout import Plan, WorldModel, draw_plan, few_step, guided, ode, rollout, self_rollout, velocity_of
 
 SIGMAS = schedule(4, 3.0)
 
@@ -124,6 +127,77 @@ def test_a_batch_of_two_equals_two_batches_of_one(model):
         both = run(slice(0, 2))
         for i in range(2):
             torch.testing.assert_close(both[i:i + 1], run(slice(i, i + 1)), atol=1e-5, rtol=0)
+
+
+# ---- Training rollouts -----------------------------------------------------------------------------------------------
+
+SPEC = SimpleNamespace(chunk=4, window=12)
+
+
+def plans(n=2000, **options):
+    shared = random.Random(0)
+    return [draw_plan(shared, SPEC, **{"frames": 12, "t2v": 0.15, "i2v": 0.25, **options}) for _ in range(n)]
+
+
+def test_starts_are_text_image_and_video_in_whole_chunks_of_one_window():
+    drawn = plans()
+    assert set(drawn) == {Plan(0, 12, 0), Plan(1, 9, 0), Plan(4, 12, 0)}
+    for start, share in ((0, 0.15), (1, 0.25)):
+        assert sum(plan.start == start for plan in drawn) / 2000 == pytest.approx(share, abs=0.03)
+
+
+def test_the_curriculum_bounds_the_chunks_and_a_share_of_rollouts_is_short():
+    assert set(plans(most=1)) == {Plan(0, 4, 0), Plan(1, 5, 0), Plan(4, 8, 0)}
+    assert set(plans(most=9)) == set(plans())
+    drawn = [plan.frames for plan in plans(t2v=1.0, i2v=0.0, short=0.6)]
+    assert set(drawn) == {4, 8, 12}
+    assert sum(frames == 12 for frames in drawn) / 2000 == pytest.approx(0.4 + 0.2, abs=0.03)
+    assert sum(frames == 4 for frames in drawn) / 2000 == pytest.approx(0.2, abs=0.03)
+
+
+def test_a_rollout_longer_than_the_window_is_judged_on_any_window_of_it():
+    for t2v, i2v, n in ((0.0, 0.0, 4), (1.0, 0.0, 0), (0.0, 1.0, 1)):
+        drawn = plans(frames=32, t2v=t2v, i2v=i2v)
+        assert {plan.frames for plan in drawn} == set(range(n + 4 * ((12 - n) // 4), 33, 4))
+        for plan in drawn:
+            assert plan.first == max(0, plan.frames - 12) and plan.start == n
+            assert plan.made == plan.mask(1, "cpu").sum() == plan.frames - max(n, plan.first)
+    counts = [sum(plan.frames == frames for plan in drawn) for frames in (9, 29)]
+    assert min(counts) / 2000 == pytest.approx(1 / 6, abs=0.03)                         # every window as often
+
+
+def test_a_stored_past_lies_before_the_window_and_what_the_window_holds_of_it_is_no_target():
+    drawn = plans(past=40, t2v=0.0, i2v=0.0)
+    assert {plan.start for plan in drawn} == set(range(4, 41, 4))
+    for plan in drawn:
+        assert plan.frames == plan.start + 8 and plan.first == plan.start - 4
+        assert plan.mask(2, "cpu").tolist() == [[False] * 4 + [True] * 8] * 2
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_gradient_is_in_the_loss_window_alone_and_history_is_what_inference_makes(model, complete):
+    plan, actions = Plan(4, 24, 12), torch.arange(24)[None] % 9
+    condition, prefix = Condition({"text": torch.ones(1, 3, 64)}, Control(actions)), torch.randn(1, 24, 4, 4, 6)
+    graphs, shapes = [], []
+
+    def spy(x, sigma, c):
+        v = velocity_of(model)(x, sigma, c)
+        assert not x.requires_grad                                                      # none through history
+        graphs.append(v.requires_grad)
+        shapes.append(x.shape[2])
+        return v
+    samples, finished = self_rollout(spy, condition, prefix, plan, SPEC, SIGMAS, noise_from(0), 1, complete)
+    before, within = [False] * 4, [False, True] + [False] * 2 * complete
+    assert graphs == before * 2 + within * 3                                            # chunks at 4, 8 | 12, 16, 20
+    assert max(shapes) == SPEC.window and samples.shape == finished.shape == (1, 24, 24, 4, 6)
+    assert torch.equal(samples[:, :, :12], finished[:, :, :12]) and not finished.requires_grad
+    assert torch.equal(samples[:, :, 12:], finished[:, :, 12:]) == (not complete)
+    if complete:
+        with torch.no_grad():
+            plain = rollout(velocity_of(model), condition, prefix, 24, SIGMAS, 4, 12, noise_from(0))
+        assert torch.equal(finished, plain)
+    grad, = torch.autograd.grad(samples[:, :, 12:].square().sum(), model.head.head.weight)
+    assert grad.abs().sum() > 0
 
 
 # ---- WorldModel ------------------------------------------------------------------------------------------------------

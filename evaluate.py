@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import world
 from common import autocast, generator, one_line_errors, parse, provenance, require_positive, reseed, setup
-from control import Condition, Control
+from control import Condition
 from data import Trips
 from encode import codec
 from flow import schedule
@@ -125,11 +125,11 @@ def dream(sampler, coder, trips, video, seed, piece=128):
     random = generator(seed, "dream")
     for i in tqdm(range(0, len(video), piece), desc=sampler.name, leave=False):
         maps = trips.maps[i:i + piece].to(coder.device)
-        actions = trips.actions[i:i + piece, :video.shape[1]].to(coder.device)
-        condition = Condition({k: v[maps] for k, v in captions.items()}, Control(actions))
+        control = trips.part(i, i + piece).control(coder.device).frames(0, video.shape[1])
+        condition = Condition({k: v[maps] for k, v in captions.items()}, control)
         prefix = coder.encode(video[i:i + piece, :START])
         out.append(coder.decode(rollout(
-            velocity, condition, prefix, actions.shape[1], schedule(sampler.steps, spec.shift), spec.chunk, spec.window,
+            velocity, condition, prefix, video.shape[1], schedule(sampler.steps, spec.shift), spec.chunk, spec.window,
             lambda shape: torch.randn(shape, generator=random).to(coder.device), ode if sampler.ode else few_step)))
     return torch.cat(out)
 

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-import control as control_module
+import inject
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -138,6 +138,7 @@ class Backbone(nn.Module):
 
     block_list = ""                                     # the attribute that holds the transformer blocks
     fp32 = re.compile("")                               # parameters that the official run computes with in fp32
+    refuses = {}                                        # control kind that the architecture has no place for -> why
 
     def __init__(self, spec):
         super().__init__()
@@ -154,7 +155,7 @@ class Backbone(nn.Module):
         x        [B, C, T, H, W]  clean history frames and noisy frames together, in time order
         sigma    [B, T]           noise level of each frame; float32
         text     dict             states of the text encoder; the keys are documented at each architecture
-        control  Control | None   actions of the same T frames
+        control  Control | None   actions and cameras of the same T frames
         frames   [T] float | None positions of the frames on the time axis, default 0..T-1
         """
         raise NotImplementedError
@@ -170,12 +171,18 @@ class Backbone(nn.Module):
             raise ValueError(f"sigma is one noise level per frame [{B}, {T}], got {list(sigma.shape)}")
         return x.shape
 
-    def inject(self, control, B, T):
+    def inject(self, control, x):
+        """What `control` adds to a forward of the latents `x`, and where: see `inject.Signal`."""
+        if control is None:
+            return inject.Signal()
         if self.control is None:
             raise ValueError("this backbone has no control parameters; control.attach(backbone) adds them")
-        if control.actions.shape != (B, T):
-            raise ValueError(f"actions are one label per frame [{B}, {T}], got {list(control.actions.shape)}")
-        return self.control(control)
+        B, _, T, H, W = x.shape
+        return self.control(control, B, T, H // self.spec.patch[1], W // self.spec.patch[2], self.embed_sentences)
+
+    def embed_sentences(self, states):
+        """Text states [..., E] as cross-attention takes them, [..., D]."""
+        return states
 
 
 # ---- Wan -------------------------------------------------------------------------------------------------------------
@@ -189,14 +196,27 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
 
-    def forward(self, x, context=None, rope=None):      # [B, N, D], [B, S, D]
-        context = x if context is None else context
-        q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(context)), self.v(context)
-        q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=self.heads) for y in (q, k, v))
+    def forward(self, x, context=None, rope=None, sentences=None, branch=None):         # [B, N, D], [B, S, D]
+        """`sentences` (inject.Sentences) go to a cross-attention, `branch` (inject.Branch) to a self-attention."""
+        q, (k, v), added = self.split(self.norm_q(self.q(x))), self.keys(x if context is None else context), 0.0
+        if branch is not None:
+            added = inject.prope(q, k, v, branch)                               # [B, N, D]
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        y = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)             # [B, heads, N, d]
-        return self.o(rearrange(y, "b h n d -> b n (h d)"))
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        if sentences is None:
+            y = F.scaled_dot_product_attention(q, k, v)                                 # [B, heads, N, d]
+        else:
+            own = (y.to(v.dtype)[sentences.labels] for y in self.keys(sentences.states))    # [B, T, heads, S, d]
+            y = inject.hear(q, k, v, *own, sentences.words)
+        return self.o(rearrange(y, "b h n d -> b n (h d)")) + added
+
+    def keys(self, context):
+        """Keys and values [B, heads, S, d] of `context` [B, S, D]."""
+        return self.split(self.norm_k(self.k(context))), self.split(self.v(context))
+
+    def split(self, x):
+        return rearrange(x, "b n (h d) -> b h n d", h=self.heads)
 
 
 class WanBlock(nn.Module):
@@ -215,14 +235,15 @@ class WanBlock(nn.Module):
         self.cross_attn = Attention(D, spec.heads, spec.eps)
         self.ffn = nn.Sequential(nn.Linear(D, spec.ffn), nn.GELU("tanh"), nn.Linear(spec.ffn, D))
 
-    def forward(self, x, e6, text, rope):               # [B, T, L, D] fp32, [B, T, 6, D] fp32, [B, S, D]
+    def forward(self, x, e6, text, rope, sentences=None, branch=None):  # [B, T, L, D] and [B, T, 6, D] fp32, [B, S, D]
         T, L = x.shape[1:3]
         shift1, scale1, gate1, shift2, scale2, gate2 = (e6 + self.modulation).split(1, dim=2)   # each [B, T, 1, D]
 
         h = modulate(layer_norm(x, self.eps), shift1, scale1).flatten(1, 2)             # [B, T*L, D]
-        x = x + gate1 * self.self_attn(h, rope=rope).unflatten(1, (T, L))               # [B, T, L, D]
+        x = x + gate1 * self.self_attn(h, rope=rope, branch=branch).unflatten(1, (T, L))    # [B, T, L, D]
 
-        x = x + self.cross_attn(self.norm3(x).flatten(1, 2), text).unflatten(1, (T, L))     # ungated: text always acts
+        h = self.norm3(x).flatten(1, 2)
+        x = x + self.cross_attn(h, text, sentences=sentences).unflatten(1, (T, L))      # ungated: text always acts
 
         h = modulate(layer_norm(x, self.eps), shift2, scale2)
         return x + gate2 * self.ffn(h)
@@ -246,7 +267,7 @@ class Wan(Backbone):
     """Wan2.1-T2V-1.3B, Wan2.2-TI2V-5B and the embedded world's tiny and small: one architecture."""
 
     block_list = "blocks"
-    fp32 = re.compile(r"^(time_|head|control)|norm|modulation")
+    fp32 = re.compile(r"^(time_|head|control\.(translation|rotation))|norm|modulation")
 
     def __init__(self, spec):
         super().__init__(spec)
@@ -274,20 +295,18 @@ class Wan(Backbone):
         B, C, T, H, W = self.check(x, sigma)
         p, (_, q, r) = self.spec, self.spec.patch
         frames = torch.arange(T, device=x.device) if frames is None else frames
-        rope = wan_rope(frames, H // q, W // r, p)
+        rope, signal = wan_rope(frames, H // q, W // r, p), self.inject(control, x)
 
         with torch.autocast(x.device.type, enabled=False):                           # the time path is never below fp32
-            e = self.time_embedding(sinusoid(1000 * sigma.double(), p.freq_dim))        # [B, T, D]
-            if control is not None:
-                e = e + self.inject(control, B, T)
+            e = self.time_embedding(sinusoid(1000 * sigma.double(), p.freq_dim)) + signal.time  # [B, T, D]
             e6 = self.time_projection(e).unflatten(-1, (6, p.dim))                      # [B, T, 6, D]
 
         context = self.embed_text(text["text"])                                         # [B, S, D]
         x = rearrange(x, "b c t (h q) (w r) -> b t (h w) (c q r)", q=q, r=r)            # [B, T, L, C * q * r]
         x = F.linear(x, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)  # the convolution
-        x = x.float()                                                        # [B, T, L, D]; the residual stream is fp32
-        for block in self.blocks:
-            x = block(x, e6, context, rope)
+        x = x.float() + signal.tokens                                        # [B, T, L, D]; the residual stream is fp32
+        for i, block in enumerate(self.blocks):
+            x = block(x, e6, context, rope, signal.sentences, signal.branches.get(i))
         with torch.autocast(x.device.type, enabled=False):
             x = self.head(x, e)                                                         # [B, T, L, C * q * r]
         return rearrange(x, "b t (h w) (q r c) -> b c t (h q) (w r)", h=H // q, q=q, r=r)
@@ -299,6 +318,9 @@ class Wan(Backbone):
             raise ValueError(f"text states are [B, <= {self.spec.text_len}, {self.spec.text_dim}], "
                              f"got {list(states.shape)}")
         return self.text_embedding(F.pad(states, (0, 0, 0, missing)))
+
+    def embed_sentences(self, states):
+        return self.text_embedding(states)
 
 
 ARCHITECTURES = {"wan": Wan}
@@ -313,13 +335,14 @@ def preset(name, **fields):
     return replace(PRESETS[name], **fields)
 
 
-def build(name, control="adaln", **fields):
-    """A backbone with random weights; under torch.device("meta") nothing is allocated. control=None leaves it plain."""
+def build(name, control="adaln", sentences=None, **fields):
+    """A backbone with random weights; under torch.device("meta") nothing is allocated. control=None leaves it plain,
+    other kinds and `sentences` are those of `inject.attach`."""
     spec = preset(name, **fields)
     model = ARCHITECTURES[spec.arch](spec)
     if not next(model.parameters()).is_meta:
         model.initialise()
-    return model if control is None else control_module.attach(model, control)
+    return inject.attach(model, control, sentences) if control else model
 
 
 def compile_blocks(model):
@@ -329,32 +352,43 @@ def compile_blocks(model):
     return model
 
 
-def load(name, source=None, device="cpu", dtype=torch.float32, **fields):
+def load(name, source=None, device="cpu", dtype=torch.float32, control=None, partial=False, **fields):
     """A backbone filled from `source`: a safetensors file, a folder in the official layout, or a hub repository id.
 
-    The file's keys must be the model's keys; control parameters are optional, for official files have none. With
-    bfloat16 weights run it under torch.autocast; the time path, norms and head keep fp32 weights.
-    Errors (ValueError, OSError) name the file and the key.
+    The file's keys must be the model's, with the control kinds that the file has (of those in `control`, if it is
+    given). `partial` takes what fits instead: what is missing keeps its initial values, what is surplus is left out,
+    and both are printed. With bfloat16 weights run it under torch.autocast; the time path, norms and head keep fp32
+    weights. Errors (ValueError, OSError) name the file and the key.
     """
     spec = preset(name, **fields)
     tensors, origin = read_weights(source or default_source(spec), name)
     official = ARCHITECTURES[spec.arch].official
     tensors = {own: value for key, value in tensors.items() if (own := official(key))}
-    has_control = any(key.startswith("control.") for key in tensors)
+    kinds = "+".join(k for k in inject.kinds_in(tensors) if control is None or k in control.split("+"))
+    make = lambda: build(name, kinds, tensors.get("control.sentences"), **fields)
     with torch.device("meta"):
-        model = build(name, "adaln" if has_control else None, **fields)
+        model = make()
     expected = model.state_dict()
-    for key in [*expected, *tensors]:
-        if key not in tensors:
-            raise ValueError(f"{origin} has no tensor '{key}', which {name} needs; is it a checkpoint of {name}?")
-        if key not in expected:
-            raise ValueError(f"{origin} has a tensor '{key}' that {name} does not know; is it a checkpoint of {name}?")
+    differ = {"is without": [k for k in expected if k not in tensors], "has besides": [k for k in tensors if k not in expected]}
+    if any(differ.values()):
+        what = f"{origin} " + ", and ".join(f"{how} {listed(keys)}" for how, keys in differ.items() if keys)
+        if not partial:
+            raise ValueError(f"{what}; is it a checkpoint of {name}? To take what fits: partial=True, --init_partial")
+        print(what)
+        fresh = make().state_dict()
+        tensors = {k: tensors[k] if k in tensors else fresh[k] for k in expected}
+    for key in expected:
         if tensors[key].shape != expected[key].shape:
             raise ValueError(f"{origin}: '{key}' is {list(tensors[key].shape)}, but {name} needs "
                              f"{list(expected[key].shape)}; is it a checkpoint of {name}?")
     tensors = {k: v.to(device, torch.float32 if model.fp32.search(k) else dtype) for k, v in tensors.items()}
     model.load_state_dict(tensors, strict=True, assign=True)
     return model.requires_grad_(True)
+
+
+def listed(names):
+    """All of `names` in a line; many of them with * for the number of a block."""
+    return ", ".join(names if len(names) < 9 else sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names}))
 
 
 def default_source(spec):
@@ -383,12 +417,16 @@ def weight_files(source):
 
 
 def read_weights(source, name):
-    """All tensors of a checkpoint, memory-mapped, and what to call it in errors. Refuses files of another preset."""
-    tensors, files = {}, weight_files(source)
+    """All tensors of a checkpoint, memory-mapped, and what to call it in errors. Refuses files of another preset.
+
+    A file whose header has a `base` holds only what was trained; the rest, but for control, is read from there.
+    """
+    tensors, base, files = {}, None, weight_files(source)
     for file in files:
         try:
             with safe_open(file, "pt") as reader:
-                made_for = (reader.metadata() or {}).get("backbone", name)
+                header = reader.metadata() or {}
+                made_for, base = header.get("backbone", name), header.get("base")
                 if made_for != name:
                     raise ValueError(f"{file} was made for the backbone {made_for}, not {name}; "
                                      f"give --backbone {made_for}")
@@ -397,6 +435,9 @@ def read_weights(source, name):
             raise OSError(f"checkpoint {file} does not exist, though {source} names it; fetch it again") from None
         except SafetensorError as error:
             raise OSError(f"{file} is not a complete safetensors file ({error}); fetch or make it again") from None
+    if base:
+        below, _ = read_weights(base, name)
+        tensors = {key: value for key, value in below.items() if not key.startswith("control.")} | tensors
     return tensors, str(files[0] if len(files) == 1 else files[0].parent)
 
 

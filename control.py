@@ -123,7 +123,8 @@ def format_actions(labels):
 
 def yaw_first(actions):
     """Labels of our order in the one that puts yaw before pitch (HY-WorldPlay's), or back: the same permutation."""
-    return actions - actions % 9 + torch.tensor((0, 3, 4, 1, 2, 5, 7, 6, 8))[check_actions(actions) % 9]
+    actions = check_actions(actions)
+    return actions - actions % 9 + torch.tensor((0, 3, 4, 1, 2, 5, 7, 6, 8), device=actions.device)[actions % 9]
 
 
 def flip_actions(actions):

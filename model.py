@@ -369,7 +369,7 @@ def load(name, source=None, device="cpu", dtype=torch.float32, control=None, par
     with torch.device("meta"):
         model = make()
     expected = model.state_dict()
-    differ = {"is without": [k for k in expected if k not in tensors], "has besides": [k for k in tensors if k not in expected]}
+    differ = {"is without": expected.keys() - tensors, "has besides": tensors.keys() - expected.keys()}
     if any(differ.values()):
         what = f"{origin} " + ", and ".join(f"{how} {listed(keys)}" for how, keys in differ.items() if keys)
         if not partial:
@@ -388,7 +388,7 @@ def load(name, source=None, device="cpu", dtype=torch.float32, control=None, par
 
 def listed(names):
     """All of `names` in a line; many of them with * for the number of a block."""
-    return ", ".join(names if len(names) < 9 else sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names}))
+    return ", ".join(sorted(names) if len(names) < 9 else sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names}))
 
 
 def default_source(spec):

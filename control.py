@@ -35,7 +35,7 @@ CONE = math.cos(math.radians(60))   # within 60 degrees of an axis is along it; 
 KEYS = {"w": (0, 1, 0, 0), "s": (0, -1, 0, 0), "a": (-1, 0, 0, 0), "d": (1, 0, 0, 0), "still": (0, 0, 0, 0),
         "up": (0, 0, 1, 0), "down": (0, 0, -1, 0), "left": (0, 0, 0, -1), "right": (0, 0, 0, 1)}
 SEGMENT = re.compile(r"([a-z0-9+]+)\s*[-*]\s*([0-9]+)")
-LONGEST = 100_000                   # latent frames of an action string: four hours
+LONGEST = 100_000                   # latent frames an action string may have: four hours
 
 
 def check_actions(actions):
@@ -75,10 +75,12 @@ def parse_actions(text):
     segment := keys ('-' | '*') count, keys := name ('+' name)* | label 0..80; segments are separated by commas. Counts
     are latent frames: "w-8, w+right-12, 38-4". Errors name the column (1 is the first character).
     """
-    labels, counts, column = [0], [1], 1
+    labels, counts, column, total = [0], [1], 1, 1
     for part in text.split(","):
         try:
             label, count = parse_segment(part.strip())
+            if (total := total + count) > LONGEST:
+                raise ValueError(0, f"with this there are {total} frames, the most are {LONGEST}")
         except ValueError as error:
             offset, message = error.args
             start = column + len(part) - len(part.lstrip())
@@ -86,8 +88,6 @@ def parse_actions(text):
         labels.append(label)
         counts.append(count)
         column += len(part) + 1
-    if sum(counts) > LONGEST:
-        raise ValueError(f"action string, column {column - 1}: {sum(counts)} frames in all, the most are {LONGEST}")
     return torch.tensor(labels).repeat_interleave(torch.tensor(counts))
 
 
@@ -98,8 +98,8 @@ def parse_segment(segment):
     if not match:
         raise ValueError(0, f"'{segment[:40]}' is not keys-count, such as w-8, w+right-12 or 38-4")
     name, count = match.groups()
-    if len(count) > 6 or not 1 <= int(count) <= LONGEST:
-        raise ValueError(match.start(2), f"a count is at least 1 and at most {LONGEST}")
+    if len(count) > 6 or int(count) < 1:
+        raise ValueError(match.start(2), "a count is at least 1 and has at most 6 digits")
     if name.isdigit():
         if len(name) > 2 or int(name) >= ACTIONS:
             raise ValueError(0, f"label {name[:20]} is outside 0..{ACTIONS - 1}")

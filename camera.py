@@ -140,7 +140,7 @@ def read_cameras(path, frames=None, size=None):
         c2w, K = readers[path.suffix](path)
         check_direction(c2w := check_poses(c2w, frames))
         return Cameras(relative(c2w), None if K is None else intrinsics(K, len(c2w), size))
-    except ValueError as error:
+    except (ValueError, OverflowError, MemoryError) as error:                           # a header may claim any size
         raise ValueError(f"{path}: {error}") from None
 
 

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import inject
+from common import rank
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -374,7 +375,8 @@ def load(name, source=None, device="cpu", dtype=torch.float32, control=None, par
         what = f"{origin} " + ", and ".join(f"{how} {listed(keys)}" for how, keys in differ.items() if keys)
         if not partial:
             raise ValueError(f"{what}; is it a checkpoint of {name}? To take what fits: partial=True, --init_partial")
-        print(what)
+        if rank() == 0:
+            print(what)
         fresh = make().state_dict()
         tensors = {k: tensors[k] if k in tensors else fresh[k] for k in expected}
     for key in expected:

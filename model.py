@@ -421,7 +421,7 @@ def weight_files(source):
 def read_weights(source, name):
     """All tensors of a checkpoint, memory-mapped, and what to call it in errors. Refuses files of another preset.
 
-    A file whose header has a `base` holds only what was trained; the rest, but for control, is read from there.
+    A file whose header has a `base` holds only what was trained; the rest is read from there.
     """
     tensors, base, files = {}, None, weight_files(source)
     for file in files:
@@ -438,8 +438,7 @@ def read_weights(source, name):
         except SafetensorError as error:
             raise OSError(f"{file} is not a complete safetensors file ({error}); fetch or make it again") from None
     if base:
-        below, _ = read_weights(base, name)
-        tensors = {key: value for key, value in below.items() if not key.startswith("control.")} | tensors
+        tensors = read_weights(base, name)[0] | tensors
     return tensors, str(files[0] if len(files) == 1 else files[0].parent)
 
 

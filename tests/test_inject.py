@@ -13,7 +13,7 @@ from control import NO_ACTION, Control, attach, poses_from_labels
 from data import WorldStream
 from encode import codec
 from flow import velocity_to_x0
-from model import ASSETS, Attention, build, load, save
+from model import ARCHITECTURES, ASSETS, Attention, build, load, preset, save
 from rollout import WorldModel
 
 KINDS = ["adaln", "text", "plucker", "prope", "adaln+prope", "adaln+text+plucker+prope"]
@@ -34,6 +34,9 @@ def sentences(width, S=6):
 
 def random_model(name, kind, trained=False):
     """Every parameter of the network random, its control as it is attached or (trained) random too; and its inputs."""
+    refused = {*ARCHITECTURES[preset(name).arch].refuses} & {*kind.split("+")}
+    if refused:
+        pytest.skip(f"{name} has no place for {refused}, and says why")
     torch.manual_seed(0)
     fields, text = BACKBONES[name]
     model = build(name, kind, sentences(fields.get("text_dim", 64)), **fields)
@@ -144,6 +147,15 @@ def test_each_frame_hears_its_own_sentence_beside_the_caption():
     assert calls == [(2, 7, 32), (81, 6, 32)]                                           # once each, not once a frame
 
 
+@each
+@torch.no_grad()
+def test_the_zeros_after_a_sentence_are_not_heard(name):
+    model, inputs, control = random_model(name, "text")
+    told = model(*inputs, control)
+    model.control.sentences = F.pad(model.control.sentences, (0, 0, 0, 3))
+    torch.testing.assert_close(model(*inputs, control), told, atol=1e-5, rtol=0)
+
+
 def test_the_tiny_codec_encodes_all_sentences_apart_from_each_other():
     states = codec("tiny").sentences()
     assert states.shape == (81, 10, 64) and len(states.flatten(1).unique(dim=0)) == 81 == len(set(inject.SENTENCES))
@@ -192,6 +204,16 @@ def test_prope_does_not_know_where_the_world_begins():
     own = c2w.clone()
     own[:, 1] = moved[:, 1]                                                             # of one camera alone
     assert (attend(q, k, v, K, own) - y).abs().max() > 0.1
+
+
+@each
+@torch.no_grad()
+def test_a_network_with_prope_does_not_know_it_either(name):
+    model, inputs, control = random_model(name, "prope", trained=True)
+    moved = poses_from_labels(torch.tensor([0, 46]), 1.5, 50.0)[1].float() @ control.c2w
+    told, again = model(*inputs, control), model(*inputs, Control(control.actions, moved, control.K))
+    torch.testing.assert_close(again, told, atol=1e-4, rtol=0)                          # fp32, through two blocks
+    assert (told - model(*inputs)).abs().max() > 0.01
 
 
 def test_prope_with_one_camera_is_plain_attention():

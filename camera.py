@@ -1,7 +1,7 @@
 """Cameras: poses and rays, what networks see of them, and the files they come in.
 
-A camera is c2w, OpenCV axes (x right, y down, z forward), relative to the first frame of its clip. K is image-normalised:
-it maps to 0..1 across the picture, so resizing leaves it alone and only a crop changes it (`crop_K`).
+A camera is c2w, OpenCV axes (x right, y down, z forward), relative to the first frame of its clip. K is
+image-normalised: it maps to 0..1 across the picture, so resizing leaves it alone and only a crop changes it (`crop_K`).
 """
 
 import json
@@ -44,8 +44,8 @@ def between(c2w, stride):
     """Cameras of the 1 + stride (T - 1) pixel frames from those of T latent frames [..., T, 4, 4]: straight lines, with
     axes that are blended and made orthonormal again (Gram-Schmidt)."""
     a = torch.arange(1, stride + 1, device=c2w.device, dtype=c2w.dtype)[:, None, None] / stride
-    steps = torch.lerp(c2w[..., :-1, None, :, :], c2w[..., 1:, None, :, :], a).flatten(-4, -3)  # [..., stride (T-1), 4, 4]
-    z, x, position = steps[..., :3, 2], steps[..., :3, 0], steps[..., 3]                # columns; position [..., 4]
+    steps = torch.lerp(c2w[..., :-1, None, :, :], c2w[..., 1:, None, :, :], a).flatten(-4, -3)
+    z, x, position = steps[..., :3, 2], steps[..., :3, 0], steps[..., 3]    # of [..., stride (T-1), 4, 4]; position [4]
     z = F.normalize(z, dim=-1)
     x = F.normalize(x - (x * z).sum(-1, keepdim=True) * z, dim=-1)
     axes = F.pad(torch.stack([x, torch.linalg.cross(z, x), z], -1), (0, 0, 0, 1))       # [..., 4, 3]
@@ -76,8 +76,8 @@ def check_direction(c2w):
     begin at the origin look right either way."""
     w2c = invert(c2w)
     steps, other = (c[:, :3, 3].diff(dim=0).norm(dim=-1) for c in (c2w, w2c))
-    rolls = [float(torch.linalg.svdvals(c[:, :3, 0])[-1]) / len(c) ** 0.5 for c in (c2w, w2c)] if len(c2w) > 2 else [0, 0]
-    if steps.sum() > 2 * other.sum() + 1e-6 or (rolls[0] > 0.02 and rolls[1] < 0.001):  # right axes span a plane: no roll
+    roll, others = (torch.linalg.svdvals(c[:, :3, 0])[2:].sum() / len(c) ** 0.5 for c in (c2w, w2c))    # 0: right axes
+    if steps.sum() > 2 * other.sum() + 1e-6 or (roll > 0.02 and others < 0.001):                        # keep to a plane
         raise ValueError(f"the cameras look like w2c, not c2w (as c2w they jump at camera {int(steps.argmax()) + 1}); "
                          "invert them, or if they orbit the origin make them relative to the first")
 
@@ -97,7 +97,7 @@ def pluecker(K, c2w, H, W):
 
 
 def projections(K, c2w):
-    """P = diag(fx, fy, 1, 1) w2c of PRoPE (arXiv:2507.10496) and its inverse, [..., T, 4, 4]; the centre is left out."""
+    """P = diag(fx, fy, 1, 1) w2c of PRoPE (arXiv:2507.10496) and its inverse, [..., T, 4, 4]; without the centre."""
     f = F.pad(torch.stack([K[..., 0, 0], K[..., 1, 1]], -1), (0, 2), value=1.0)         # [..., T, 4]
     with torch.autocast(K.device.type, enabled=False):                                  # never below fp32
         return f[..., :, None] * invert(c2w), c2w / f[..., None, :]
@@ -113,7 +113,7 @@ def crop_K(K, left, top, width, height):
 
 @dataclass(frozen=True)
 class Cameras:
-    """Cameras of a clip: c2w float64 [T, 4, 4] relative to frame 0, K float64 [T, 3, 3] or None where the file has none.
+    """Cameras of a clip: c2w float64 [T, 4, 4] relative to frame 0, K float64 [T, 3, 3] or None if the file has none.
     Translations times `scale` are in the file's units."""
     c2w: torch.Tensor
     K: torch.Tensor | None
@@ -127,7 +127,7 @@ class Cameras:
 
 
 def read_cameras(path, frames=None, size=None):
-    """Cameras of a file: .txt as RealEstate10K has it, .npy (c2w [T, 4, 4] or [T, 3, 4], with intrinsics.npy beside it),
+    """Cameras of a file: .txt as RealEstate10K has it, .npy (c2w [T, 4, 4] or [T, 3, 4], intrinsics.npy beside it) or
     .json {"0": {"extrinsic": c2w, "K": in pixels}, ...} as HY-WorldPlay and its relatives have it.
 
     `frames` is the number expected, `size` (H, W) that of the pictures if intrinsics.npy is in pixels. ValueError names
@@ -179,7 +179,7 @@ def read_json(path):
         c2w, K = torch.stack(c2w), torch.stack(K)
     except (ValueError, LookupError, TypeError, RuntimeError, OverflowError):
         raise ValueError(f'camera {i} is not "{i}": {{"extrinsic": 4x4 numbers, "K": 3x3 numbers}}') from None
-    return c2w, K / F.pad(2 * K[:, :2, 2:], (0, 0, 0, 1), value=1.0)            # the centre is in the middle by convention
+    return c2w, K / F.pad(2 * K[:, :2, 2:], (0, 0, 0, 1), value=1.0)            # its pictures are twice their centre
 
 
 def square(c2w):
@@ -194,7 +194,7 @@ def intrinsics(values, frames, size=None):
     in pixels, those of pictures of `size` (H, W)."""
     values = values[..., [0, 1, 0, 1], [0, 1, 2, 2]] if values.shape[-2:] == (3, 3) else values
     if values.shape[-1:] != (4,) or values.numel() not in (4, 4 * frames):
-        raise ValueError(f"intrinsics for {frames} cameras are [{frames}, 3, 3] or [{frames}, 4], got {[*values.shape]}")
+        raise ValueError(f"intrinsics of {frames} cameras are [{frames}, 3, 3] or [{frames}, 4], not {[*values.shape]}")
     values = values.reshape(-1, 4).expand(frames, 4)
     wrong = ~values.isfinite().all(1) | (values[:, :2] <= 0).any(1)
     if wrong.any():

@@ -51,6 +51,7 @@ class _Parser(ArgumentParser):
 def parse(config, argv=None):
     """Read a dataclass from the command line: field `save_every` is the flag --save_every, its comment the help text.
 
+    A field without default is an argument by its place.
     Unknown and abbreviated flags are errors, and so is a value that `config.__post_init__` refuses (ValueError).
     """
     notes = dict(re.findall(r"^ +(\w+):.*?#\s*(.*)$", inspect.getsource(config), re.M))
@@ -58,6 +59,9 @@ def parse(config, argv=None):
     for field in dataclasses.fields(config):
         how = {"action": BooleanOptionalAction} if field.type is bool else {"type": field.type}
         note = notes.get(field.name, "").replace("%", "%%")
+        if field.default is dataclasses.MISSING:
+            parser.add_argument(field.name, type=field.type, help=note)
+            continue
         parser.add_argument(f"--{field.name}", default=field.default, help=f"{note} [{field.default}]", **how)
     try:
         return config(**vars(parser.parse_args(argv)))

@@ -180,8 +180,9 @@ def labels_from_poses(c2w, step=None, smooth=False):
 
     digits = [lookup(TRANSLATIONS, x, z), lookup(ROTATIONS, up, right)]                 # each [..., T-1]
     if smooth:                                                  # two equal neighbours outvote what is between them
-        digits = [torch.cat([d[..., :1], torch.where(d[..., :-2] == d[..., 2:], d[..., :-2], d[..., 1:-1]), d[..., -1:]], -1)
-                  if d.shape[-1] > 2 else d for d in digits]
+        for d in digits:
+            before, after = d[..., :-2].clone(), d[..., 2:]
+            d[..., 1:-1] = torch.where(before == after, before, d[..., 1:-1])
     return F.pad(9 * digits[0] + digits[1], (1, 0))
 
 

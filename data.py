@@ -48,7 +48,8 @@ class Trips:
 
 class WorldStream:
     """Windows of the embedded world, rendered live. Half of them carry the labels of what happened, half those of what
-    was asked for: no motion shows a key that a wall stops, so walls are learnt from the latter. Cameras are what happened."""
+    was asked for: no motion shows a key that a wall stops, so walls are learnt from the latter. Cameras show what
+    happened."""
 
     def __init__(self, codec, seed, pool=256, length=48, refresh=200, split="train"):
         """`pool` trajectories of `length` frames live for `refresh` steps; splits never share a trajectory."""

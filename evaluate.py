@@ -5,7 +5,7 @@ An inverse-dynamics probe, trained on real frames only, reads the motion out of 
 over held-out trajectories with 95 % bootstrap intervals.
 
     python evaluate.py --student runs/stage2/student.safetensors          # teacher 50 and 4 steps, student 4 steps
-    python evaluate.py --train_probe 15000                                 # makes assets/probe.safetensors
+    python evaluate.py --train_probe 12000                                # makes assets/probe.safetensors
 """
 
 import json
@@ -47,8 +47,9 @@ class Probe(nn.Module):
     def __init__(self):
         super().__init__()
         self.early = nn.Sequential(nn.Conv2d(9, 48, 5, 2, 2), nn.GELU(), *convolution(48, 64, 2))
-        self.late = nn.Sequential(*convolution(64, 96, 2), *convolution(96, 96, 1), *convolution(96, 128, 2),
-                                  nn.Flatten(), nn.Linear(128 * 24, 256), nn.GELU())
+        later = (c for width, stride in ((64, 2), (128, 1), (128, 1), (128, 1), (128, 2))
+                 for c in convolution(width, 128, stride))
+        self.late = nn.Sequential(*later, nn.Flatten(), nn.Linear(128 * 24, 256), nn.GELU())
         self.head = nn.Linear(256, 18)
 
     def forward(self, video):
@@ -82,10 +83,9 @@ def train_probe(steps, path, device, batch=1024, length=8):
         pick, at = torch.randint(len(real), (batch // 2,), device=device), torch.randint(length - 2, (1,)).item()
         with autocast(device):
             logits, _ = probe((coded if step % 2 else real)[pick, at:at + 3])           # [B/2, 2, 2, 9]
-        truth = trips.actions.to(device)[pick, at + 1:at + 3]                           # [B/2, 2]
-        loss = sum(F.cross_entropy(logits[:, :, i].float().flatten(0, 1), digit.flatten())
-                   for i, digit in enumerate((truth // 9, truth % 9)))
-        loss.backward()
+        truth = trips.actions.to(device)[pick, at + 1:at + 3].flatten()                 # [B]
+        move, turn = logits.float().flatten(0, 1).unbind(1)                             # each [B, 9]
+        (F.cross_entropy(move, truth // 9) + F.cross_entropy(turn, truth % 9)).backward()
         optimizer.step()
         optimizer.zero_grad()
         rate.step()
@@ -97,7 +97,7 @@ def load_probe(device, path=ASSETS / "probe.safetensors"):
     try:
         probe.load_state_dict(load_file(path), strict=True)
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise OSError(f"{path} is not a probe ({error}); python evaluate.py --train_probe 15000 makes one") from None
+        raise OSError(f"{path} is not a probe ({error}); python evaluate.py --train_probe 12000 makes one") from None
     return probe.eval()
 
 
@@ -122,15 +122,14 @@ def dream(sampler, coder, trips, video, seed, piece=128):
     """`video` uint8 [N, T, H, W, 3] with the frames after the START real ones generated, `piece` sequences at once."""
     spec, captions, out = sampler.model.spec, coder.text(world.CAPTIONS), []
     velocity = guided(velocity_of(sampler.model), sampler.guidance, coder.text([spec.negative]))
-    random = generator(seed, "dream")
+    noise = lambda shape, g=generator(seed, "dream"): torch.randn(shape, generator=g).to(coder.device)
     for i in tqdm(range(0, len(video), piece), desc=sampler.name, leave=False):
         maps = trips.maps[i:i + piece].to(coder.device)
-        control = trips.part(i, i + piece).control(coder.device).frames(0, video.shape[1])
-        condition = Condition({k: v[maps] for k, v in captions.items()}, control)
-        prefix = coder.encode(video[i:i + piece, :START])
+        told = trips.part(i, i + piece).control(coder.device).frames(0, video.shape[1])
+        condition = Condition({k: v[maps] for k, v in captions.items()}, told)
         out.append(coder.decode(rollout(
-            velocity, condition, prefix, video.shape[1], schedule(sampler.steps, spec.shift), spec.chunk, spec.window,
-            lambda shape: torch.randn(shape, generator=random).to(coder.device), ode if sampler.ode else few_step)))
+            velocity, condition, coder.encode(video[i:i + piece, :START]), video.shape[1],
+            schedule(sampler.steps, spec.shift), spec.chunk, spec.window, noise, ode if sampler.ode else few_step)))
     return torch.cat(out)
 
 
@@ -180,8 +179,7 @@ def bootstrap(figure, count, draws=200):
 def measure(video, truth, trips, probe):
     """Figures {name: [value, low, high]} of generated `video` against `truth`, both uint8 [N, START + T, H, W, 3]."""
     N, fresh, second = len(video), video.shape[1] - START, slice(START - 1, START - 1 + SECOND)    # second: motions
-    read, features = probe.read(video)
-    _, real_features = probe.read(truth)
+    (read, features), (_, real_features) = probe.read(video), probe.read(truth)
     wanted, free = trips.actions[:, 1:], ~trips.blocked[:, 1:]
     right = torch.stack([read[..., 0] == wanted // 9, read[..., 1] == wanted % 9], -1)  # [N, T-1, 2]
 
@@ -231,8 +229,8 @@ def evaluate(samplers, clips, seed, device, piece=128):
     results["copy the last frame"] = {k: v for k, v in measure(copy, coded, trips, probe).items() if k != "seam"}
     for sampler in samplers:
         videos[sampler.name] = dream(sampler, coder, trips, truth, seed, piece)
-        ms = latency(sampler, coder, trips, truth)
-        results[sampler.name] = {**measure(videos[sampler.name], coded, trips, probe), "ms a chunk": [ms, ms, ms],
+        results[sampler.name] = {**measure(videos[sampler.name], coded, trips, probe),
+                                 "ms a chunk": [latency(sampler, coder, trips, truth)] * 3,
                                  "still": still(sampler, coder, min(clips, 64), seed)}
     return results, videos, trips
 
@@ -251,14 +249,23 @@ def table(results):
                       *(f"| {row} |" for row in rows)])
 
 
+def samplers_of(teacher, students, guidance, steps=50, few=4):
+    """The rows of every comparison; the teacher at `few` steps is unguided: it costs what a student costs."""
+    which = [""] if len(students) == 1 else [f" {i}" for i in range(len(students))]
+    return [Sampler(f"teacher, {steps} steps, guided", teacher, steps, guidance, True),
+            Sampler(f"teacher, {few} steps", teacher, few, 1.0, True),
+            *(Sampler(f"student{name}, {few} steps", net, few, 1.0, False) for name, net in zip(which, students))]
+
+
 @dataclass(frozen=True)
 class Config:
     """Teacher and student against the exact world, with 95 % intervals."""
     backbone: str = "tiny"      # a preset with the tiny codec
     teacher: str = ""           # stage-1 weights; empty: the shipped teacher
-    student: str = ""           # stage-2 weights; empty: the shipped student
+    student: str = ""           # stage-2 weights, several separated by commas; empty: the shipped student
     clips: int = 256            # held-out sequences per seed
-    seeds: int = 1              # number of seeds, each with its own sequences
+    seed: int = 1000            # of the sequences and the noise
+    seeds: int = 1              # so many successive seeds, each with its own sequences
     teacher_steps: int = 50     # denoising steps of the guided teacher
     guidance: float = 0.0       # of the teacher; 0: the preset's
     out: str = ""               # write the figures as JSON
@@ -266,13 +273,6 @@ class Config:
 
     def __post_init__(self):
         require_positive(self, "clips", "seeds", "teacher_steps")
-
-
-def samplers_of(teacher, student, guidance, steps=50, few=4):
-    """The rows of every comparison; the teacher at `few` steps is unguided: it costs what the student costs."""
-    rows = [Sampler(f"teacher, {steps} steps, guided", teacher, steps, guidance, True),
-            Sampler(f"teacher, {few} steps", teacher, few, 1.0, True)]
-    return rows + ([Sampler(f"student, {few} steps", student, few, 1.0, False)] if student is not None else [])
 
 
 def main(cfg):
@@ -284,12 +284,12 @@ def main(cfg):
         if cfg.out:
             Path(cfg.out).touch()
         teacher = load(cfg.backbone, cfg.teacher, device)
-        shipped = ASSETS / f"{cfg.backbone}-student.safetensors"
-        student = load(cfg.backbone, cfg.student or shipped, device) if cfg.student or shipped.exists() else None
-    guidance = cfg.guidance or teacher.spec.guidance
+        paths = cfg.student.split(",") if cfg.student else [ASSETS / f"{cfg.backbone}-student.safetensors"]
+        students = [load(cfg.backbone, path, device) for path in paths]
+    rows = samplers_of(teacher, students, cfg.guidance or teacher.spec.guidance, cfg.teacher_steps)
     report = {"settings": vars(cfg), **provenance(), "seeds": []}
-    for seed in range(1000, 1000 + cfg.seeds):
-        results, _, _ = evaluate(samplers_of(teacher, student, guidance, cfg.teacher_steps), cfg.clips, seed, device)
+    for seed in range(cfg.seed, cfg.seed + cfg.seeds):
+        results, _, _ = evaluate(rows, cfg.clips, seed, device)
         report["seeds"].append(results)
         print(f"\nseed {seed}, {cfg.clips} held-out sequences\n{table(results)}")
         if cfg.out:

@@ -26,8 +26,23 @@ SENTENCES = tuple(f"Camera {move}. Camera {turn}." for move in (      # of the 8
     "pitches up and yaws left", "pitches down and yaws right", "pitches down and yaws left"))
 
 
-# `text`: camera sentences [81, S, D] for cross-attention, labels [B, T], which rows of a frame's sentence are words
-Sentences = namedtuple("Sentences", "states labels words")
+class Sentences(NamedTuple):
+    """`text`: states [81, S, E] of the camera sentences, the label [B, T] of each frame, and which rows of its sentence
+    are words, bool [B, T, S]."""
+    states: torch.Tensor
+    labels: torch.Tensor
+    words: torch.Tensor
+
+    def embed(self, function):
+        return self._replace(states=function(self.states))
+
+    def per_frame(self, function):
+        """A sentence for each frame, for a `function` of states [B, T*S, E] that differs from sample to sample."""
+        labels = torch.arange(self.labels.numel(), device=self.labels.device).view_as(self.labels)
+        states = function(self.states[self.labels].flatten(1, 2)).unflatten(1, self.words.shape[1:])
+        return Sentences(states.flatten(0, 1), labels, self.words)
+
+
 # `prope` in one block: matrices [B, T, 4, 4] of queries, of keys and values, of the output; the output's projection
 Branch = namedtuple("Branch", "query key out project")
 
@@ -40,26 +55,29 @@ class Signal(NamedTuple):
     branches: dict = {}                     # for `prope`: number of a block -> its Branch
 
 
-def hear(q, k, v, own_k, own_v, words):
-    """Cross-attention [B, heads, T*L, d] in which a frame's tokens see the caption and their own camera sentence.
+def hear(q, k, v, sentences, keys, attend):
+    """Attention [B, heads, N, d], with `sentences` cross-attention in which a frame sees its own beside the caption.
 
-    q [B, heads, T*L, d]; k, v [B, heads, N, d] of the caption, for all frames; own_k, own_v [B, T, heads, S, d] of each
-    frame's sentence, of which the rows `words` [B, T, S] count. No row of the caption makes room for them.
+    q [B, heads, T*L, d] of the frames; k, v [B, heads, N, d] of the caption, shared by them; `keys` makes keys and
+    values [81, heads, S, d] of all sentences, once. No row of the caption makes room for a sentence.
     """
-    k, v = (torch.cat([repeat(shared, "b h n d -> (b t) h n d", t=words.shape[1]), own.flatten(0, 1)], 2)
-            for shared, own in ((k, own_k), (v, own_v)))                                # [B*T, heads, N+S, d]
-    mask = F.pad(words.flatten(0, 1), (k.shape[2] - words.shape[2], 0), value=True)     # [B*T, N+S]
-    q = rearrange(q, "b h (t l) d -> (b t) h l d", t=words.shape[1])
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
-    return rearrange(y, "(b t) h l d -> b h (t l) d", b=len(words))
+    if sentences is None:
+        return attend(q, k, v)
+    B, T, S = sentences.words.shape
+    own = (y.to(v.dtype)[sentences.labels].flatten(0, 1) for y in keys(sentences.states))       # [B*T, heads, S, d]
+    k, v = (torch.cat([repeat(y, "b h n d -> (b t) h n d", t=T), o], 2) for y, o in zip((k, v), own))
+    mask = F.pad(sentences.words.flatten(0, 1), (k.shape[2] - S, 0), value=True)        # [B*T, N+S]
+    y = attend(rearrange(q, "b h (t l) d -> (b t) h l d", t=T), k, v, mask[:, None, None])
+    return rearrange(y, "(b t) h l d -> b h (t l) d", b=B)
 
 
-def prope(q, k, v, branch, attend=F.scaled_dot_product_attention):
+def prope(q, k, v, branch, attend):
     """PRoPE (arXiv:2507.10496) beside a pretrained attention: what to add to its output, [B, T*L, D].
 
     q, k, v [B, heads, T*L, d] of the video tokens, before rotary positions: q -> P^T q, k -> P^-1 k, v -> P^-1 v and
     P on the result, four channels at a time. So frame i sees frame j through P_i P_j^-1, their relative geometry alone.
-    `attend` may join further keys, such as text, which it leaves as they are.
+    Video attends to video: a key of text, which has no camera, would see P_i itself. P_i^T q and P_j^-1 k grow with the
+    way from the first camera though their product does not: distances of order 1 (`Cameras.normalised`) suit bf16.
     """
     y = attend(*(turn(x, m).to(v.dtype) for x, m in ((q, branch.query), (k, branch.key), (v, branch.key))))
     return branch.project(rearrange(turn(y, branch.out).to(v.dtype), "b h n d -> b n (h d)"))     # [B, T*L, D]
@@ -120,7 +138,7 @@ class Injection(nn.Module):
             self.translation, self.rotation = (nn.Parameter(torch.zeros(9, spec.dim)) for _ in range(2))
         elif kind == "text":        # encoded once and kept in checkpoints; no parameters
             if sentences is None or sentences.ndim != 3 or len(sentences) != len(SENTENCES):
-                raise ValueError(f"control text needs the {len(SENTENCES)} camera sentences as text states [{len(SENTENCES)}, S, E]")
+                raise ValueError("control text needs the 81 camera sentences as text states [81, S, E]")
             self.register_buffer("sentences", sentences)
         elif kind == "plucker":
             self.plucker = PlueckerAdapter(spec)
@@ -129,8 +147,9 @@ class Injection(nn.Module):
         self.kinds.append(kind)
         self.reads.update(KINDS[kind][0])
 
-    def forward(self, control, B, T, rows, columns, embed):
-        """The `Signal` of a clip whose frames have rows x columns tokens; `embed` prepares states for cross-attention."""
+    def forward(self, control, shape, patch):
+        """The `Signal` of clips whose latents have `shape` [B, C, T, H, W] and patches `patch`."""
+        B, _, T, H, W = shape
         for name in self.reads:
             part = getattr(control, name)
             if part is None or part.shape[:2] != (B, T):
@@ -144,9 +163,9 @@ class Injection(nn.Module):
                 signal["time"] = move @ self.translation + turn @ self.rotation
         if "text" in self.kinds:
             words = (self.sentences != 0).any(-1)[a] & (a >= 0)[..., None]              # zero rows are padding
-            signal["sentences"] = Sentences(embed(self.sentences), a, words)
+            signal["sentences"] = Sentences(self.sentences, a, words)
         if "plucker" in self.kinds:
-            signal["tokens"] = self.plucker(control.K, control.c2w, rows, columns) * given
+            signal["tokens"] = self.plucker(control.K, control.c2w, H // patch[1], W // patch[2]) * given
         if "prope" in self.kinds:
             P, inverse = projections(control.K, control.c2w)                            # [B, T, 4, 4]
             signal["branches"] = {i: Branch(P.mT, inverse, P * given, out) for i, out in enumerate(self.prope)}
@@ -156,7 +175,7 @@ class Injection(nn.Module):
 def attach(backbone, kind="adaln", sentences=None):
     """Give `backbone` the injections of `kind`, such as "adaln" or "adaln+prope", that it does not have yet.
 
-    `text` needs `sentences` [81, S, E]: SENTENCES as the backbone's text encoder gives them, zeros after each one's end.
+    `text` needs `sentences` [81, S, E]: SENTENCES as the text encoder gives them, zeros after the end of each.
     """
     kinds = kind.split("+")
     if not {*kinds} <= {*KINDS}:

@@ -1,18 +1,23 @@
 """The video diffusion transformers, each behind one forward: velocity of noisy latents, with one noise level per frame.
 
 Wan2.1-T2V-1.3B and Wan2.2-TI2V-5B (Wan, arXiv:2503.20314) share one architecture; `tiny` and `small` are the same code
-at the size of the embedded world. Parameter names are those of the official checkpoints, so loading is strict and
-needs no key map; what this project adds lives under `control.`.
+at the size of the embedded world. HunyuanVideo-1.5-8B (arXiv:2511.18870) is a double-stream transformer, LTX-2.3-22B the
+video tower of an audio-video model (arXiv:2601.03233). Parameter names are those of the official checkpoints, so
+loading is strict and needs no key map; what this project adds lives under `control.`.
 
     python model.py wan2.2-5b            # sizes, tokens and operations of a preset, nothing allocated
 """
 
+import contextlib
 import json
 import math
 import re
 import sys
+from collections import OrderedDict
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from types import MethodType
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +27,11 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import inject
+import nvfp4
 from common import rank
 
 ASSETS = Path(__file__).parent / "assets"
@@ -47,13 +55,17 @@ class Spec:
     text_len: int = 512
     freq_dim: int = 256                         # width of the time sinusoid
     patch: tuple[int, int, int] = (1, 2, 2)
-    rope_dims: tuple[int, int, int] = ()        # channels of a head that turn with time, height, width; (): Wan's thirds
+    rope_dims: tuple[int, int, int] = ()        # channels of a head per axis (time, height, width); (): Wan's thirds
+    glyph_dim: int = 1472                       # HunyuanVideo: width of the states of text to be drawn
+    vision_dim: int = 1152                      # HunyuanVideo: width of the image encoder's states
+    refiner: int = 2                            # HunyuanVideo: blocks that refine the text states
     eps: float = 1e-6
     arch: str = "wan"                           # which class below: see ARCHITECTURES
     negative: str = ""                          # prompt of the unconditional branch
     chunk: int = 4                              # K, latent frames generated together
     window: int = 20                            # latent frames the teacher is trained on: history and chunk
     source: str = ""                            # hub repository, or the file shipped in assets/
+    file: str = "diffusion_pytorch_model*.safetensors"      # its weights in that repository
 
     def latent_frames(self, frames):
         return (frames - 1) // self.stride[0] + 1
@@ -65,6 +77,7 @@ class Spec:
 
 WAN_NEGATIVE = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，"
                 "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
+LTX_NEGATIVE = "worst quality, inconsistent motion, blurry, jittery, distorted"  # the official list also fits sound
 TINY = Spec("tiny", dim=192, heads=6, ffn=768, layers=8, channels=24, stride=(1, 8, 8), size=(12, 64, 96), fps=8,
             shift=3.0, guidance=2.0, text_dim=64, text_len=16, window=12, source="tiny-stage1.safetensors")
 WAN21 = Spec("wan2.1-1.3b", dim=1536, heads=12, ffn=8960, layers=30, channels=16, stride=(4, 8, 8), size=(81, 480, 832),
@@ -75,6 +88,14 @@ PRESETS = {spec.name: spec for spec in (
     WAN21,
     replace(WAN21, name="wan2.2-5b", dim=3072, heads=24, ffn=14336, channels=48, stride=(4, 16, 16),
             size=(121, 704, 1280), fps=24, source="Wan-AI/Wan2.2-TI2V-5B"),
+    Spec("hunyuan1.5-8b", dim=2048, heads=16, ffn=8192, layers=54, channels=32, stride=(4, 16, 16),
+         size=(121, 480, 848), fps=24, shift=5.0, guidance=6.0, text_dim=3584, text_len=1000, patch=(1, 1, 1),
+         rope_dims=(16, 56, 56), arch="hunyuan", source="tencent/HunyuanVideo-1.5",
+         file="transformer/480p_t2v/diffusion_pytorch_model.safetensors"),
+    # LTX's own grid is shift e^2.05 stretched to end on 0.1; shift 6 is within 0.017 of it, but for the last 2 of 30.
+    Spec("ltx2.3-22b", dim=4096, heads=32, ffn=16384, layers=48, channels=128, stride=(8, 32, 32), size=(121, 480, 832),
+         fps=24, shift=6.0, guidance=3.0, text_len=1024, patch=(1, 1, 1), arch="ltx", negative=LTX_NEGATIVE, window=16,
+         source="Lightricks/LTX-2.3", file="ltx-2.3-22b-dev.safetensors"),
 )}
 
 
@@ -89,8 +110,18 @@ def modulate(x, shift, scale):                          # x [B, T, L, D]; shift,
     return x * (1 + scale) + shift
 
 
+def named(**parts):
+    """A Sequential whose parts have names: those of the official checkpoint."""
+    return nn.Sequential(OrderedDict(parts))
+
+
+def rms_norm(x, eps):
+    """Root-mean-square norm without parameters; statistics in fp32, the result in the dtype of `x`."""
+    return F.rms_norm(x, x.shape[-1:], eps=eps).to(x.dtype)
+
+
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the whole width, statistics in fp32, before the heads are split."""
+    """Root-mean-square norm over the last axis, statistics in fp32."""
 
     def __init__(self, dim, eps):
         super().__init__()
@@ -98,31 +129,30 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        y = x.float()
-        return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+        return rms_norm(x, self.eps) * self.weight
 
 
-def sinusoid(t, dim):
-    """Embedding [..., dim] of times t [...] on the 0..1000 scale: cosines, then sines; in float64, returned in fp32."""
-    omega = 10000 ** (-torch.arange(dim // 2, dtype=torch.float64, device=t.device) / (dim // 2))
-    angle = t.double()[..., None] * omega
+def sinusoid(t, dim, dtype=torch.float32):
+    """Embedding [..., dim] of times t [...] on the 0..1000 scale: cosines, then sines; in `dtype`, returned in fp32."""
+    half = dim // 2
+    omega = torch.exp(-math.log(10000) * torch.arange(half, dtype=dtype, device=t.device) / half)
+    angle = t.to(dtype)[..., None] * omega
     return torch.cat([angle.cos(), angle.sin()], -1).float()
 
 
-def wan_rope(frames, rows, columns, spec):
-    """cos and sin [T * rows * columns, head_dim / 2] of Wan's 3-D rotary embedding (RoFormer, arXiv:2104.09864).
+def rotary(frames, rows, columns, dims, theta, dtype):
+    """cos and sin [T * rows * columns, head_dim / 2] of a 3-D rotary embedding (RoFormer, arXiv:2104.09864).
 
-    Pairs of channels are shared out as time | height | width, each axis with its own frequency ladder. `frames` [T] are
-    positions on the time axis, fractional allowed; nothing is tabulated, so positions have no limit.
+    `dims` channels of a head turn with time, height and width, each axis with its own frequency ladder of base `theta`.
+    `frames` [T] are positions on the time axis, fractional allowed; nothing is tabulated, so positions have no limit.
+    Angles are computed in the `dtype` of the official code, or its numbers are not met.
     """
-    half = spec.dim // spec.heads // 2
-    pairs = [n // 2 for n in spec.rope_dims] or (half - 2 * (half // 3), half // 3, half // 3)
-    grid = torch.meshgrid(frames.double(), torch.arange(rows, dtype=torch.float64, device=frames.device),
-                          torch.arange(columns, dtype=torch.float64, device=frames.device), indexing="ij")
+    axes = frames, torch.arange(rows, device=frames.device), torch.arange(columns, device=frames.device)
+    grid = torch.meshgrid(*(axis.to(dtype) for axis in axes), indexing="ij")
     angles = []
-    for position, n in zip(grid, pairs):
-        theta = 10000 ** (-torch.arange(n, dtype=torch.float64, device=frames.device) / n)
-        angles.append(position.flatten()[:, None] * theta)                              # [N, n]
+    for position, dim in zip(grid, dims):
+        omega = 1 / theta ** (torch.arange(0, dim, 2, dtype=dtype, device=frames.device) / dim)
+        angles.append(position.flatten()[:, None] * omega)                              # [N, dim / 2]
     angle = torch.cat(angles, -1)                                                       # [N, head_dim / 2]
     return angle.cos().float(), angle.sin().float()
 
@@ -134,6 +164,19 @@ def rotate(x, rope):
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
 
 
+def split(x, heads):
+    return rearrange(x, "b n (h d) -> b h n d", h=heads)
+
+
+FASTEST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def attention(q, k, v, mask=None):
+    """Softmax attention [B, heads, N, d] by the first kernel of FASTEST that can; on Hopper cuDNN is 1.6 times flash."""
+    with sdpa_kernel(FASTEST, set_priority=True) if q.is_cuda else contextlib.nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
 class Backbone(nn.Module):
     """What every architecture is to the rest of the project; a subclass has its parts under their official names."""
 
@@ -143,12 +186,18 @@ class Backbone(nn.Module):
 
     def __init__(self, spec):
         super().__init__()
+        if spec.rope_dims and sum(spec.rope_dims) * spec.heads != spec.dim:
+            raise ValueError(f"rope_dims {spec.rope_dims} must add up to dim / heads = {spec.dim / spec.heads:g}")
         self.spec, self.control = spec, None            # control.attach gives it one
 
     @staticmethod
     def official(key):
         """This class's name of a tensor of the official file; None for one that it does not use."""
         return key.removeprefix("model.diffusion_model.")
+
+    def stored_dtype(self, key, dtype):
+        """Of a parameter in a model with `dtype` weights: what computes in fp32 is stored so."""
+        return torch.float32 if self.fp32.search(key) else dtype
 
     def forward(self, x, sigma, text, control=None, frames=None):
         """Velocity [B, C, T, H, W] of the latents `x`.
@@ -173,17 +222,12 @@ class Backbone(nn.Module):
         return x.shape
 
     def inject(self, control, x):
-        """What `control` adds to a forward of the latents `x`, and where: see `inject.Signal`."""
+        """What `control` adds to a forward of the latents `x`, and where."""
         if control is None:
             return inject.Signal()
         if self.control is None:
             raise ValueError("this backbone has no control parameters; control.attach(backbone) adds them")
-        B, _, T, H, W = x.shape
-        return self.control(control, B, T, H // self.spec.patch[1], W // self.spec.patch[2], self.embed_sentences)
-
-    def embed_sentences(self, states):
-        """Text states [..., E] as cross-attention takes them, [..., D]."""
-        return states
+        return self.control(control, x.shape, self.spec.patch)
 
 
 # ---- Wan -------------------------------------------------------------------------------------------------------------
@@ -198,26 +242,13 @@ class Attention(nn.Module):
         self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
 
     def forward(self, x, context=None, rope=None, sentences=None, branch=None):         # [B, N, D], [B, S, D]
-        """`sentences` (inject.Sentences) go to a cross-attention, `branch` (inject.Branch) to a self-attention."""
-        q, (k, v), added = self.split(self.norm_q(self.q(x))), self.keys(x if context is None else context), 0.0
-        if branch is not None:
-            added = inject.prope(q, k, v, branch)                               # [B, N, D]
+        keys = lambda context: (split(self.norm_k(self.k(context)), self.heads), split(self.v(context), self.heads))
+        q, (k, v) = split(self.norm_q(self.q(x)), self.heads), keys(x if context is None else context)
+        added = 0.0 if branch is None else inject.prope(q, k, v, branch, attention)     # [B, N, D]
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        q, k = q.to(v.dtype), k.to(v.dtype)
-        if sentences is None:
-            y = F.scaled_dot_product_attention(q, k, v)                                 # [B, heads, N, d]
-        else:
-            own = (y.to(v.dtype)[sentences.labels] for y in self.keys(sentences.states))    # [B, T, heads, S, d]
-            y = inject.hear(q, k, v, *own, sentences.words)
+        y = inject.hear(q.to(v.dtype), k.to(v.dtype), v, sentences, keys, attention)    # [B, heads, N, d]
         return self.o(rearrange(y, "b h n d -> b n (h d)")) + added
-
-    def keys(self, context):
-        """Keys and values [B, heads, S, d] of `context` [B, S, D]."""
-        return self.split(self.norm_k(self.k(context))), self.split(self.v(context))
-
-    def split(self, x):
-        return rearrange(x, "b n (h d) -> b h n d", h=self.heads)
 
 
 class WanBlock(nn.Module):
@@ -236,7 +267,7 @@ class WanBlock(nn.Module):
         self.cross_attn = Attention(D, spec.heads, spec.eps)
         self.ffn = nn.Sequential(nn.Linear(D, spec.ffn), nn.GELU("tanh"), nn.Linear(spec.ffn, D))
 
-    def forward(self, x, e6, text, rope, sentences=None, branch=None):  # [B, T, L, D] and [B, T, 6, D] fp32, [B, S, D]
+    def forward(self, x, e6, text, rope, sentences=None, branch=None):  # [B, T, L, D], [B, T, 6, D] fp32, [B, S, D]
         T, L = x.shape[1:3]
         shift1, scale1, gate1, shift2, scale2, gate2 = (e6 + self.modulation).split(1, dim=2)   # each [B, T, 1, D]
 
@@ -296,18 +327,21 @@ class Wan(Backbone):
         B, C, T, H, W = self.check(x, sigma)
         p, (_, q, r) = self.spec, self.spec.patch
         frames = torch.arange(T, device=x.device) if frames is None else frames
-        rope, signal = wan_rope(frames, H // q, W // r, p), self.inject(control, x)
+        third = p.dim // p.heads // 6 * 2                                               # even; time takes the rest
+        axes = p.rope_dims or (p.dim // p.heads - 2 * third, third, third)
+        rope, signal = rotary(frames, H // q, W // r, axes, 10000, torch.float64), self.inject(control, x)
 
         with torch.autocast(x.device.type, enabled=False):                           # the time path is never below fp32
-            e = self.time_embedding(sinusoid(1000 * sigma.double(), p.freq_dim)) + signal.time  # [B, T, D]
-            e6 = self.time_projection(e).unflatten(-1, (6, p.dim))                      # [B, T, 6, D]
+            e = self.time_embedding(sinusoid(1000 * sigma.double(), p.freq_dim, torch.float64)) + signal.time
+            e6 = self.time_projection(e).unflatten(-1, (6, p.dim))                      # [B, T, 6, D] of e [B, T, D]
 
         context = self.embed_text(text["text"])                                         # [B, S, D]
+        said = signal.sentences and signal.sentences.embed(self.text_embedding)
         x = rearrange(x, "b c t (h q) (w r) -> b t (h w) (c q r)", q=q, r=r)            # [B, T, L, C * q * r]
         x = F.linear(x, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)  # the convolution
         x = x.float() + signal.tokens                                        # [B, T, L, D]; the residual stream is fp32
         for i, block in enumerate(self.blocks):
-            x = block(x, e6, context, rope, signal.sentences, signal.branches.get(i))
+            x = block(x, e6, context, rope, said, signal.branches.get(i))
         with torch.autocast(x.device.type, enabled=False):
             x = self.head(x, e)                                                         # [B, T, L, C * q * r]
         return rearrange(x, "b t (h w) (q r c) -> b c t (h q) (w r)", h=H // q, q=q, r=r)
@@ -320,11 +354,333 @@ class Wan(Backbone):
                              f"got {list(states.shape)}")
         return self.text_embedding(F.pad(states, (0, 0, 0, missing)))
 
-    def embed_sentences(self, states):
-        return self.text_embedding(states)
+
+# ---- HunyuanVideo-1.5 ------------------------------------------------------------------------------------------------
+
+def unpad(states, mask):
+    """`states` [B, S, E] without rows that no sample uses; a mask if some are still padding. Waits for the GPU."""
+    if mask is None:
+        return states, None
+    states, mask = states[:, mask.any(0)], mask[:, mask.any(0)].bool()
+    return (states, None) if mask.all() else (torch.where(mask[..., None], states, 0), mask)    # padding may be NaN
 
 
-ARCHITECTURES = {"wan": Wan}
+class RefinerBlock(nn.Module):
+    """Self-attention and MLP among text tokens; of adaLN it has the gates only."""
+
+    def __init__(self, spec):
+        super().__init__()
+        D, self.heads = spec.dim, spec.heads
+        self.norm1, self.norm2 = (nn.LayerNorm(D, eps=spec.eps) for _ in range(2))
+        self.self_attn_qkv, self.self_attn_proj = nn.Linear(D, 3 * D), nn.Linear(D, D)
+        self.mlp = named(fc1=nn.Linear(D, 4 * D), act=nn.SiLU(), fc2=nn.Linear(4 * D, D))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 2 * D))
+
+    def forward(self, h, c, mask):                      # [B, S, D] fp32, [B, 1, D], [B, 1, 1, S] or None
+        gate1, gate2 = self.adaLN_modulation(c).chunk(2, -1)                            # each [B, 1, D]
+        q, k, v = rearrange(self.self_attn_qkv(self.norm1(h)), "b s (n h d) -> n b h s d", n=3, h=self.heads)
+        y = attention(q, k, v, mask)                                                    # [B, heads, S, d]
+        h = h + gate1 * self.self_attn_proj(rearrange(y, "b h s d -> b s (h d)"))
+        return h + gate2 * self.mlp(self.norm2(h))
+
+
+class TokenRefiner(nn.Module):
+    """Lets the states of a causal language model see each other both ways, told their mean and the noise level."""
+
+    def __init__(self, spec):
+        super().__init__()
+        D, E = spec.dim, spec.text_dim
+        self.t_embedder = named(mlp=nn.Sequential(nn.Linear(spec.freq_dim, D), nn.SiLU(), nn.Linear(D, D)))
+        self.c_embedder = named(linear_1=nn.Linear(E, D), act=nn.SiLU(), linear_2=nn.Linear(D, D))
+        self.input_embedder = nn.Linear(E, D)
+        self.individual_token_refiner = named(blocks=nn.ModuleList(RefinerBlock(spec) for _ in range(spec.refiner)))
+
+    def forward(self, states, mask, e):                 # [B, S, E], zero where [B, S] is; e [B, 1, freq_dim]
+        mean = states.sum(1) / (states.shape[1] if mask is None else mask.sum(1, keepdim=True))     # [B, E]
+        with torch.autocast(e.device.type, enabled=False):
+            c = self.t_embedder(e)                                                      # [B, 1, D]
+        c, h = c + self.c_embedder(mean)[:, None], self.input_embedder(states).float()
+        for block in self.individual_token_refiner.blocks:
+            h = block(h, c, None if mask is None else mask[:, None, None])
+        return h                                                                        # [B, S, D]
+
+
+class HunyuanBlock(nn.Module):
+    """Double-stream block (MMDiT of SD3, arXiv:2403.03206, figure 2b): two sets of weights, one attention."""
+
+    def __init__(self, spec):
+        super().__init__()
+        D, M, self.heads, self.eps = spec.dim, spec.ffn, spec.heads, spec.eps
+        self.img_mod, self.txt_mod = (named(act=nn.SiLU(), linear=nn.Linear(D, 6 * D)) for _ in range(2))
+        self.img_attn_q, self.img_attn_k, self.img_attn_v, self.img_attn_proj = (nn.Linear(D, D) for _ in range(4))
+        self.txt_attn_q, self.txt_attn_k, self.txt_attn_v, self.txt_attn_proj = (nn.Linear(D, D) for _ in range(4))
+        self.img_attn_q_norm, self.img_attn_k_norm = (RMSNorm(D // spec.heads, spec.eps) for _ in range(2))
+        self.txt_attn_q_norm, self.txt_attn_k_norm = (RMSNorm(D // spec.heads, spec.eps) for _ in range(2))
+        self.img_mlp, self.txt_mlp = (named(fc1=nn.Linear(D, M), act=nn.GELU("tanh"), fc2=nn.Linear(M, D))
+                                      for _ in range(2))
+
+    def forward(self, x, txt, c, c_txt, rope, mask, branch=None):  # [B, T, L, D], [B, 1, S, D], [B, T|1, 1, D]
+        T, L = x.shape[1:3]
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.img_mod(c).chunk(6, -1)         # each [B, T, 1, D]
+        tshift1, tscale1, tgate1, tshift2, tscale2, tgate2 = self.txt_mod(c_txt).chunk(6, -1)  # text is one more frame
+
+        h = modulate(layer_norm(x, self.eps), shift1, scale1).flatten(1, 2)             # [B, T*L, D]
+        t = modulate(layer_norm(txt, self.eps), tshift1, tscale1).flatten(1, 2)         # [B, S, D]
+        q, k, v, tq, tk, tv = (split(y, self.heads) for y in (
+            self.img_attn_q(h), self.img_attn_k(h), self.img_attn_v(h),
+            self.txt_attn_q(t), self.txt_attn_k(t), self.txt_attn_v(t)))
+        q, k = self.img_attn_q_norm(q), self.img_attn_k_norm(k)                         # [B, heads, T*L, d]
+        added = 0.0 if branch is None else inject.prope(q, k, v, branch, attention)     # [B, T*L, D]
+        q = torch.cat([rotate(q, rope).to(v.dtype), self.txt_attn_q_norm(tq).to(v.dtype)], 2)
+        k = torch.cat([rotate(k, rope).to(v.dtype), self.txt_attn_k_norm(tk).to(v.dtype)], 2)
+        v = torch.cat([v, tv], 2)                                                       # [B, heads, T*L + S, d]
+        y = rearrange(attention(q, k, v, mask), "b h n d -> b n (h d)")
+
+        x = x + gate1 * (self.img_attn_proj(y[:, :T * L]) + added).unflatten(1, (T, L))     # [B, T, L, D]
+        txt = txt + tgate1 * self.txt_attn_proj(y[:, T * L:])[:, None]                  # [B, 1, S, D]
+        x = x + gate2 * self.img_mlp(modulate(layer_norm(x, self.eps), shift2, scale2))
+        return x, txt + tgate2 * self.txt_mlp(modulate(layer_norm(txt, self.eps), tshift2, tscale2))
+
+
+class HunyuanVideo(Backbone):
+    """HunyuanVideo-1.5-8B (arXiv:2511.18870)."""
+
+    block_list = "double_blocks"
+    # In bf16: linear layers and the image stream; in fp32: norms, the text stream, as in the official run; time, head.
+    fp32 = re.compile(r"^(time_in|txt_in\.t_embedder|vision_in\.proj\.[04]|cond_type|final_layer|control\.[tr])|norm")
+    refuses = {"text": "it has no cross-attention, so every frame would hear the sentences of all"}
+
+    def __init__(self, spec):
+        super().__init__(spec)
+        D, V, G, M = spec.dim, spec.vision_dim, spec.glyph_dim, 2048                    # M: the official, for any D
+        self.img_in = named(proj=nn.Conv3d(2 * spec.channels + 1, D, spec.patch, spec.patch))
+        self.time_in = named(mlp=nn.Sequential(nn.Linear(spec.freq_dim, D), nn.SiLU(), nn.Linear(D, D)))
+        self.txt_in, self.cond_type_embedding = TokenRefiner(spec), nn.Embedding(3, D)
+        self.byt5_in = named(layernorm=nn.LayerNorm(G), fc1=nn.Linear(G, M), act1=nn.GELU(), fc2=nn.Linear(M, M),
+                             act2=nn.GELU(), fc3=nn.Linear(M, D))
+        self.vision_in = named(proj=nn.Sequential(nn.LayerNorm(V), nn.Linear(V, V), nn.GELU(), nn.Linear(V, D),
+                                                  nn.LayerNorm(D)))
+        self.double_blocks = nn.ModuleList(HunyuanBlock(spec) for _ in range(spec.layers))
+        self.final_layer = named(adaLN_modulation=nn.Sequential(nn.SiLU(), nn.Linear(D, 2 * D)),
+                                 linear=nn.Linear(D, spec.channels * math.prod(spec.patch)))
+
+    def initialise(self):
+        """The official initialisation: modulations and the final layer zero, time embeddings N(0, 0.02)."""
+        nn.init.xavier_uniform_(self.img_in.proj.weight.flatten(1))                     # a view, as in Wan
+        for name, p in self.named_parameters():
+            if re.search(r"_mod\.|adaLN_modulation|^final_layer|^img_in.*bias", name):
+                nn.init.zeros_(p)
+            elif re.search(r"(time_in|t_embedder)\.mlp.*weight", name):
+                nn.init.normal_(p, std=0.02)
+        return self
+
+    def forward(self, x, sigma, text, control=None, frames=None):
+        """See `Backbone.forward`. text: states of encoders, each with a mask, true at tokens, if it has padding.
+
+        text [B, S, text_dim], text_mask [B, S]     language model
+        glyph [B, S, glyph_dim], glyph_mask         words to be drawn; optional
+        vision [B, S, vision_dim], vision_mask      image encoder; optional
+        image [B, C, 1, H, W]                       clean frame 0 for the condition channels, where `x` has it noisy, as
+                                                    in native image-to-video; else they get x's own where it is clean
+        """
+        B, C, T, H, W = self.check(x, sigma)
+        p, (_, q, r) = self.spec, self.spec.patch
+        frames = torch.arange(T, device=x.device) if frames is None else frames
+        rope, signal = rotary(frames, H // q, W // r, p.rope_dims, 256, torch.float32), self.inject(control, x)
+
+        # The text's noise level is that of the noisiest frames, those being made; sigma uniform: the official timestep
+        e, e_txt = (sinusoid(1000 * s, p.freq_dim) for s in (sigma, sigma.amax(1)[:, None, None]))
+        with torch.autocast(x.device.type, enabled=False):                           # the time path is never below fp32
+            c, c_txt = (self.time_in(e) + signal.time)[:, :, None], self.time_in(e_txt)  # [B, T, 1, D], [B, 1, 1, D]
+
+        txt, mask = self.embed_text(text, e_txt[:, 0], len(rope[0]))            # [B, 1, S, D] fp32, [B, 1, 1, T*L + S]
+        x = rearrange(self.condition(x, sigma, text), "b c t (h q) (w r) -> b t (h w) (c q r)", q=q, r=r)
+        x = F.linear(x, self.img_in.proj.weight.flatten(1), self.img_in.proj.bias) + signal.tokens      # [B, T, L, D]
+        for i, block in enumerate(self.double_blocks):
+            x, txt = block(x, txt, c, c_txt, rope, mask, signal.branches.get(i))
+        with torch.autocast(x.device.type, enabled=False):
+            shift, scale = self.final_layer.adaLN_modulation(c).chunk(2, -1)            # each [B, T, 1, D]
+            x = self.final_layer.linear(modulate(layer_norm(x, p.eps), shift, scale))   # [B, T, L, C * q * r]
+        return rearrange(x, "b t (h w) (c q r) -> b c t (h q) (w r)", h=H // q, q=q, r=r)
+
+    def condition(self, x, sigma, text):
+        """The network's input [B, 2C + 1, T, H, W]: latents, a clean first frame or zeros, a mask of where it is."""
+        first = text.get("image", x[:, :, :1])                                          # [B, C, 1, H, W]
+        known = ((sigma[:, :1] == 0) | ("image" in text))[:, :, None, None, None].expand_as(first[:, :1])
+        first = torch.cat([torch.where(known, first, 0), known], 1).to(x.dtype)         # [B, C + 1, 1, H, W]
+        return torch.cat([x, F.pad(first, (0, 0, 0, 0, 0, x.shape[2] - 1))], 1)
+
+    def embed_text(self, text, e, N):
+        """Condition tokens [B, 1, S, D] of any order, and the mask of N + S attention keys, None if all are valid."""
+        p, tokens, masks, ragged = self.spec, [], [e.new_ones(len(e), N, dtype=torch.bool)], False
+        kinds = (("text", p.text_dim, self.txt_in), ("glyph", p.glyph_dim, self.byt5_in),
+                 ("vision", p.vision_dim, self.vision_in))                              # rows of cond_type_embedding
+        if unknown := set(text) - {"image", *(name + end for name, *_ in kinds for end in ("", "_mask"))}:
+            raise ValueError(f"{p.name} knows no {sorted(unknown)} in text, only text, glyph, vision, masks and image")
+        for row, (name, width, embed) in enumerate(kinds):
+            states, mask = unpad(text.get(name, e.new_zeros(len(e), 0, width)).float(), text.get(f"{name}_mask"))
+            if states.shape[::2] != (len(e), width) or (row == 0 and not states.shape[1]):
+                raise ValueError(f"text['{name}'] is [{len(e)}, tokens, {width}], got {list(states.shape)}")
+            masks.append(states.new_ones(states.shape[:2], dtype=torch.bool) if mask is None else mask)
+            states = embed(states, mask, e) if row == 0 else embed(states)
+            tokens.append(states.float() + self.cond_type_embedding.weight[row])        # [B, S, D]
+            ragged = ragged or mask is not None
+        return torch.cat(tokens, 1)[:, None], torch.cat(masks, 1)[:, None, None] if ragged else None
+
+
+# ---- LTX-2.3 ---------------------------------------------------------------------------------------------------------
+
+LTX_SPAN = (20, 2048, 2048)             # seconds, pixels down, pixels across: positions run from -1 to 1 over these
+LTX_UNUSED = re.compile(                # the rest of the official file: codecs, vocoder, text side, everything of audio
+    r"(vae|audio_vae|vocoder|text_embedding_projection)\.|model\.diffusion_model\.(audio_|video_embeddings_connector\.|"
+    r"av_ca_|transformer_blocks\.\d+\.(audio_|video_to_audio_|scale_shift_table_a2v_ca_))")
+
+
+def ltx_rope(frames, rows, columns, fps, spec):
+    """cos and sin [heads, T * rows * columns, head_dim / 2] of LTX's rotary embedding (RoFormer, arXiv:2104.09864).
+
+    A token stands at the middle of what it covers. Latent frame f covers the pixel frames 8f - 7 to 8f + 1; the VAE is
+    causal and nothing comes before frame 0, hence the clamp. A fractional f is placed by the same formula.
+    One ladder of frequencies runs through all heads, slow to fast, with a slot for t, y and x at each step; the slots
+    left over come first and do not turn. Angles reach 15,708, where fp32 rounds visibly: this is the official order.
+    """
+    s, J, device = spec.stride[0], spec.dim // 6, frames.device
+    end = s * frames.float() + 1
+    start, end = (end - s).clamp(min=0) / fps, end / fps
+    middles = [(start + end) / 2] + [stride * (torch.arange(n, device=device) + 0.5)
+                                     for n, stride in zip((rows, columns), spec.stride[1:])]
+    axes = [2 * (middle / span) - 1 for middle, span in zip(middles, LTX_SPAN)]
+    grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 1, 3)      # [N, 1, 3]
+    omega = 10000 ** torch.linspace(0, 1, J, dtype=torch.float64, device=device) * (math.pi / 2)
+    angle = (grid * omega.float()[:, None]).flatten(1)                                  # [N, 3 * J]: t y x t y x ...
+    angle = rearrange(F.pad(angle, (spec.dim // 2 - 3 * J, 0)), "n (h d) -> h n d", h=spec.heads)
+    return angle.cos(), angle.sin()
+
+
+def rotate_halves(x, rope):
+    """Turn channels i and i + d/2 of x [B, heads, N, d] by `rope` (cos, sin [heads, N, d/2]); always in fp32."""
+    cos, sin = rope                                                                     # the official rotates in bf16
+    a, b = x.float().chunk(2, -1)                                                       # each [B, heads, N, d / 2]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+class LTXAttention(nn.Module):
+    """Attention to `context` or to `x` itself, without masks; a gate on each head's output, 1 at a logit of 0."""
+
+    def __init__(self, dim, heads, eps):
+        super().__init__()
+        self.heads = heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
+        self.q_norm, self.k_norm = RMSNorm(dim, eps), RMSNorm(dim, eps)
+        self.to_gate_logits, self.to_out = nn.Linear(dim, heads), nn.Sequential(nn.Linear(dim, dim))
+
+    def forward(self, x, context=None, rope=None, sentences=None, branch=None):         # [B, N, D], [B, S, D]
+        keys = lambda context: (split(self.k_norm(self.to_k(context)), self.heads), split(self.to_v(context), self.heads))
+        q, (k, v) = split(self.q_norm(self.to_q(x)), self.heads), keys(x if context is None else context)
+        added = 0.0 if branch is None else inject.prope(q, k, v, branch, attention)     # [B, N, D]
+        if rope is not None:
+            q, k = rotate_halves(q, rope), rotate_halves(k, rope)
+        y = inject.hear(q.to(v.dtype), k.to(v.dtype), v, sentences, keys, attention)    # [B, heads, N, d]
+        gate = 2 * self.to_gate_logits(x).sigmoid()                                     # [B, N, heads]
+        return self.to_out((rearrange(y, "b h n d -> b n h d") * gate[..., None]).flatten(2)) + added
+
+
+class LTXBlock(nn.Module):
+    """Transformer block of LTX-2's video stream (arXiv:2601.03233), without its exchange with audio.
+
+    One modulation vector per latent frame, as in Wan: a table of the block plus a vector that all blocks share
+    (adaLN-single of PixArt, arXiv:2310.00426). The text is modulated too, so its keys and values depend on sigma.
+    """
+
+    def __init__(self, spec):
+        super().__init__()
+        D, self.eps = spec.dim, spec.eps
+        self.scale_shift_table = nn.Parameter(torch.randn(9, D) / D ** 0.5)
+        self.prompt_scale_shift_table = nn.Parameter(torch.randn(2, D) / D ** 0.5)
+        self.attn1, self.attn2 = (LTXAttention(D, spec.heads, spec.eps) for _ in range(2))
+        self.ff = named(net=nn.Sequential(named(proj=nn.Linear(D, spec.ffn)), nn.GELU("tanh"), nn.Linear(spec.ffn, D)))
+
+    def forward(self, x, m, m_text, text, rope, sentences=None, branch=None):   # x [B, T, L, D], text [B, S, D]
+        T, L = x.shape[1:3]
+        m = (m + self.scale_shift_table).to(x.dtype)                # summed in fp32, applied in the run's dtype
+        shift1, scale1, gate1, shift3, scale3, gate3, shift2, scale2, gate2 = m.split(1, 2)         # each [B, T, 1, D]
+
+        h = modulate(rms_norm(x, self.eps), shift1, scale1).flatten(1, 2)               # [B, T*L, D]
+        x = x + gate1 * self.attn1(h, rope=rope, branch=branch).unflatten(1, (T, L))    # [B, T, L, D]
+
+        h = modulate(rms_norm(x, self.eps), shift2, scale2).flatten(1, 2)
+        m_text = (m_text + self.prompt_scale_shift_table).to(x.dtype).split(1, 1)       # each [B, 1, D]
+        said = sentences and sentences.per_frame(lambda states: modulate(states, *m_text))
+        x = x + gate2 * self.attn2(h, modulate(text, *m_text), sentences=said).unflatten(1, (T, L))
+
+        return x + gate3 * self.ff(modulate(rms_norm(x, self.eps), shift3, scale3))
+
+
+class LTX(Backbone):
+    """LTX-2.3-22B's video tower, 13.1 B parameters; its attribute `fps` is the frame rate: time is in seconds."""
+
+    block_list = "transformer_blocks"
+    fp32 = re.compile(r"^(adaln|prompt_adaln|proj_out|control\.(translation|rotation))|_norm|scale_shift_table")
+
+    def __init__(self, spec):
+        super().__init__(spec)
+        D, self.fps = spec.dim, spec.fps
+        if spec.text_dim != D:
+            raise ValueError(f"{spec.name} attends to text of its own width: text_dim {spec.text_dim} is not dim {D}")
+        self.patchify_proj = nn.Linear(spec.channels, D)
+        self.adaln_single, self.prompt_adaln_single = (
+            named(emb=named(timestep_embedder=named(linear_1=nn.Linear(spec.freq_dim, D), act=nn.SiLU(),
+                                                    linear_2=nn.Linear(D, D))),
+                  act=nn.SiLU(), linear=nn.Linear(D, rows * D)) for rows in (9, 2))
+        self.transformer_blocks = nn.ModuleList(LTXBlock(spec) for _ in range(spec.layers))
+        self.scale_shift_table = nn.Parameter(torch.randn(2, D) / D ** 0.5)
+        self.proj_out = nn.Linear(D, spec.channels)
+
+    @staticmethod
+    def official(key):
+        return None if LTX_UNUSED.match(key) else Backbone.official(key)
+
+    def initialise(self):
+        """Ours, as none is published: Xavier linears, N(0, 0.02) time embeddings, a zero head; gates start at 1."""
+        for name, p in self.named_parameters():
+            if re.search(r"bias$|^proj_out|to_gate_logits", name):
+                nn.init.zeros_(p)
+            elif "timestep_embedder" in name:
+                nn.init.normal_(p, std=0.02)
+            elif name.endswith("weight") and p.ndim == 2:
+                nn.init.xavier_uniform_(p)
+        return self
+
+    def forward(self, x, sigma, text, control=None, frames=None):
+        """See `Backbone.forward`. text: {"text": [B, S, dim]} of the text connector: S = 1024, every row valid.
+
+        The text is read at the noise level of the noisiest frame, the one being made, whatever the history. Give
+        `frames` when `x` is not a video's beginning: frame 0 is a single pixel frame, every other is eight.
+        """
+        B, C, T, H, W = self.check(x, sigma)
+        p, states = self.spec, text["text"]
+        if states.shape[::2] != (B, p.dim):
+            raise ValueError(f"text states are [{B}, S, {p.dim}], got {list(states.shape)}")
+        rope = ltx_rope(torch.arange(T, device=x.device) if frames is None else frames, H, W, self.fps, p)
+        signal = self.inject(control, x)
+
+        e, e_text = (sinusoid(1000 * s, p.freq_dim, torch.float32) for s in (sigma, sigma.amax(1)))
+        with torch.autocast(x.device.type, enabled=False):                           # the time path is never below fp32
+            e = self.adaln_single.emb(e) + signal.time                                  # [B, T, D]
+            m = self.adaln_single.linear(F.silu(e)).unflatten(-1, (9, p.dim))           # [B, T, 9, D]
+            m_text = self.prompt_adaln_single(e_text).unflatten(-1, (2, p.dim))         # [B, 2, D]
+
+        x = self.patchify_proj(rearrange(x, "b c t h w -> b t (h w) c"))                # [B, T, L, D], the run's dtype
+        x, states = x + signal.tokens, states.to(x.dtype)
+        for i, block in enumerate(self.transformer_blocks):
+            x = block(x, m, m_text, states, rope, signal.sentences, signal.branches.get(i))
+        with torch.autocast(x.device.type, enabled=False):
+            shift, scale = (e[:, :, None] + self.scale_shift_table).split(1, 2)         # each [B, T, 1, D]
+            x = self.proj_out(modulate(layer_norm(x, p.eps), shift, scale))             # [B, T, L, C]
+        return rearrange(x, "b t (h w) c -> b c t h w", h=H)
+
+
+ARCHITECTURES = {"wan": Wan, "hunyuan": HunyuanVideo, "ltx": LTX}
 
 
 # ---- Build, load, save -----------------------------------------------------------------------------------------------
@@ -338,7 +694,7 @@ def preset(name, **fields):
 
 def build(name, control="adaln", sentences=None, **fields):
     """A backbone with random weights; under torch.device("meta") nothing is allocated. control=None leaves it plain,
-    other kinds and `sentences` are those of `inject.attach`."""
+    other kinds and `sentences` are those of `control.attach`."""
     spec = preset(name, **fields)
     model = ARCHITECTURES[spec.arch](spec)
     if not next(model.parameters()).is_meta:
@@ -346,51 +702,77 @@ def build(name, control="adaln", sentences=None, **fields):
     return inject.attach(model, control, sentences) if control else model
 
 
-def compile_blocks(model):
+# What a block under checkpointing keeps: the results of attention, few bytes for the dearest work.
+KEPT = [getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}").default for kernel in (
+    "cudnn_attention", "flash_attention", "efficient_attention", "flash_attention_for_cpu")]
+
+
+def checkpoint_blocks(model, keep_attention=True):
+    """Make each block keep its input and its attention, and compute the rest again in the backward pass, in place.
+
+    `keep_attention=False` computes attention again too. Call it before `compile_blocks`: the compiler then sees the
+    checkpoint inside the block and obeys it. Around a compiled block, attention could not be told from the rest.
+    """
+    kept = {"context_fn": partial(create_selective_checkpoint_contexts, KEPT)} if keep_attention else {}
+
+    def forward(block, *args):                          # nothing in a block is random: no generator state to keep
+        return checkpoint(type(block).forward, block, *args, use_reentrant=False, preserve_rng_state=False, **kept)
+
+    for block in getattr(model, model.block_list):
+        block.forward = MethodType(forward, block)
+    return model
+
+
+def compile_blocks(model, **options):
     """Compile each transformer block in place; all share one compilation per shape. What stays eager is small."""
     for block in getattr(model, model.block_list):
-        block.compile(dynamic=False)
+        block.compile(dynamic=False, **options)
     return model
 
 
 def load(name, source=None, device="cpu", dtype=torch.float32, control=None, partial=False, **fields):
     """A backbone filled from `source`: a safetensors file, a folder in the official layout, or a hub repository id.
 
-    The file's keys must be the model's, with the control kinds that the file has (of those in `control`, if it is
-    given). `partial` takes what fits instead: what is missing keeps its initial values, what is surplus is left out,
-    and both are printed. With bfloat16 weights run it under torch.autocast; the time path, norms and head keep fp32
-    weights. Errors (ValueError, OSError) name the file and the key.
+    The file's keys must be the model's keys, with the control kinds of the file (those in `control`, if it is given).
+    `partial` takes what fits: what is missing keeps its initial values, what is surplus is left out, both are printed.
+    With bfloat16 weights run it under torch.autocast; the time path, norms and head keep fp32 weights. Tensors go one
+    by one from the mapped file to `device`; on the CPU, those that need no conversion stay in the file's pages. Linears
+    that are packed in the file (nvfp4.py) stay so in memory. Errors (ValueError, OSError) name the file and the key.
     """
     spec = preset(name, **fields)
-    tensors, origin = read_weights(source or default_source(spec), name)
-    official = ARCHITECTURES[spec.arch].official
-    tensors = {own: value for key, value in tensors.items() if (own := official(key))}
-    kinds = "+".join(k for k in inject.kinds_in(tensors) if control is None or k in control.split("+"))
-    make = lambda: build(name, kinds, tensors.get("control.sentences"), **fields)
+    source = source or default_source(spec)
+    files = weight_files(source, spec)
+    stored = headers(files, spec)
+    kinds = "+".join(kind for kind in inject.kinds_in(stored) if control is None or kind in control.split("+"))
+    sentences = torch.zeros(stored["control.sentences"][2]) if "text" in kinds else None
+    make = lambda: build(name, kinds, sentences, **fields)
     with torch.device("meta"):
         model = make()
-    expected = model.state_dict()
-    differ = {"is without": expected.keys() - tensors, "has besides": tensors.keys() - expected.keys()}
-    if any(differ.values()):
-        what = f"{origin} " + ", and ".join(f"{how} {listed(keys)}" for how, keys in differ.items() if keys)
-        if not partial:
-            raise ValueError(f"{what}; is it a checkpoint of {name}? To take what fits: partial=True, --init_partial")
-        if rank() == 0:
-            print(what)
+    if any(key.endswith(".weight_scale") for key in stored):
+        return nvfp4.load(model, files, device, dtype)
+    expected, doubt = {key: list(p.shape) for key, p in model.state_dict().items()}, f"is it a checkpoint of {name}?"
+    missing, surplus = [key for key in expected if key not in stored], [key for key in stored if key not in expected]
+    differs = [f"{source} has {how} {listed(keys)}" for how, keys in (("no tensor", missing), ("surplus", surplus)) if keys]
+    if differs and not partial:
+        raise ValueError(f"{'; '.join(differs)}; {doubt} partial=True (--init_partial) takes what fits")
+    if differs and rank() == 0:
+        print("\n".join(differs))
+    stored = {key: where for key, where in stored.items() if key in expected}
+    for key, (file, _, shape) in stored.items():
+        if shape != expected[key]:
+            raise ValueError(f"{file}: '{key}' is {shape}, but {name} needs {expected[key]}; {doubt}")
+    state = {key: part[...].to(device).to(model.stored_dtype(key, dtype)) for key, part in read(stored)}
+    if missing:
         fresh = make().state_dict()
-        tensors = {k: tensors[k] if k in tensors else fresh[k] for k in expected}
-    for key in expected:
-        if tensors[key].shape != expected[key].shape:
-            raise ValueError(f"{origin}: '{key}' is {list(tensors[key].shape)}, but {name} needs "
-                             f"{list(expected[key].shape)}; is it a checkpoint of {name}?")
-    tensors = {k: v.to(device, torch.float32 if model.fp32.search(k) else dtype) for k, v in tensors.items()}
-    model.load_state_dict(tensors, strict=True, assign=True)
+        state |= {key: fresh[key].to(device, model.stored_dtype(key, dtype)) for key in missing}
+    model.load_state_dict(state, strict=True, assign=True)
     return model.requires_grad_(True)
 
 
 def listed(names):
-    """All of `names` in a line; many of them with * for the number of a block."""
-    return ", ".join(sorted(names) if len(names) < 9 else sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names}))
+    """All of `names` in a line; if they are many, * stands for any number of a block."""
+    names = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names) if len(names) > 8 else names
+    return ", ".join(f"'{name}'" for name in names)
 
 
 def default_source(spec):
@@ -398,48 +780,62 @@ def default_source(spec):
     return ASSETS / spec.source if spec.source.endswith(".safetensors") else spec.source
 
 
-def weight_files(source):
-    """The safetensors files of a checkpoint: one file, a folder (single or sharded with an index), a hub repository."""
+def weight_files(source, spec):
+    """The safetensors files of a checkpoint: a file, or a folder or hub repository in the official layout or bare."""
     path = Path(source)
-    if not path.exists() and str(source).count("/") == 1 and not path.suffix:
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and path.suffix != ".safetensors":
         try:
-            path = Path(snapshot_download(str(source), allow_patterns=["diffusion_pytorch_model*", "config.json"]))
+            path = Path(snapshot_download(str(source), allow_patterns=[spec.file, f"{spec.file}.index.json"]))
         except (HfHubHTTPError, HFValidationError, OSError) as error:
             raise OSError(f"{source} is no local folder and could not be fetched from the hub: {error}") from None
     if path.is_file():
         return [path]
     if not path.exists():
         raise OSError(f"checkpoint {source} does not exist; give a safetensors file, a folder or a hub repository id")
-    index = sorted(path.glob("*.safetensors.index.json"))
-    files = sorted({path / name for name in json.loads(index[0].read_text())["weight_map"].values()}) if index \
-        else sorted(path.glob("*.safetensors"))
-    if not files or (len(files) > 1 and not index):
-        raise OSError(f"folder {source} has {len(files)} safetensors files and {'an' if index else 'no'} index")
+    official = path / spec.file
+    folder = official.parent if official.parent.is_dir() else path
+    files = sorted(folder.glob(official.name)) or sorted(folder.glob("*.safetensors"))
+    index = sorted(folder.glob("*.safetensors.index.json"))
+    if len(index) == 1:
+        try:
+            files = sorted({folder / name for name in json.loads(index[0].read_text())["weight_map"].values()})
+        except (ValueError, KeyError):
+            raise OSError(f"{index[0]} is not an index of safetensors files; fetch it again") from None
+    elif len(files) != 1:
+        raise OSError(f"{folder} has {len(files)} safetensors files and {len(index)} indices, not {spec.file} of "
+                      f"{spec.name}; give the file itself")
     return files
 
 
-def read_weights(source, name):
-    """All tensors of a checkpoint, memory-mapped, and what to call it in errors. Refuses files of another preset.
-
-    A file whose header has a `base` holds only what was trained; the rest is read from there.
-    """
-    tensors, base, files = {}, None, weight_files(source)
+def headers(files, spec):
+    """{our name: (file, key in it, shape)} from the headers alone. Refuses files of another preset."""
+    official, stored = ARCHITECTURES[spec.arch].official, {}
     for file in files:
         try:
-            with safe_open(file, "pt") as reader:
-                header = reader.metadata() or {}
-                made_for, base = header.get("backbone", name), header.get("base")
-                if made_for != name:
-                    raise ValueError(f"{file} was made for the backbone {made_for}, not {name}; "
+            with safe_open(file, "numpy") as reader:        # unlike "pt" it needs no address space of the file's size
+                notes = reader.metadata() or {}
+                if (made_for := notes.get("backbone", spec.name)) != spec.name:
+                    raise ValueError(f"{file} was made for the backbone {made_for}, not {spec.name}; "
                                      f"give --backbone {made_for}")
-                tensors.update({key: reader.get_tensor(key) for key in reader.keys()})
+                if "base" in notes:                         # this file holds what was trained, the rest is there
+                    stored |= headers(weight_files(notes["base"], spec), spec)
+                stored |= {official(key): (file, key, reader.get_slice(key).get_shape()) for key in reader.keys()}
         except FileNotFoundError:
-            raise OSError(f"checkpoint {file} does not exist, though {source} names it; fetch it again") from None
+            raise OSError(f"checkpoint {file} does not exist, though its index names it; fetch it again") from None
         except SafetensorError as error:
-            raise OSError(f"{file} is not a complete safetensors file ({error}); fetch or make it again") from None
-    if base:
-        tensors = read_weights(base, name)[0] | tensors
-    return tensors, str(files[0] if len(files) == 1 else files[0].parent)
+            raise OSError(f"{file} is not a complete safetensors file ({error}); fetch it again, or convert it if it "
+                          "is of another format") from None
+    return {name: where for name, where in stored.items() if name is not None}
+
+
+def read(stored):
+    """(name, slice) of each tensor in `stored`; slice[...] is the tensor, a view of the mapped file, and slice[a:b] the
+    rows that a rank of a sharded model needs. One file is open at a time."""
+    for file in dict.fromkeys(file for file, *_ in stored.values()):
+        with safe_open(file, "pt") as reader:
+            for name, (home, key, _) in stored.items():
+                if home == file:
+                    yield name, reader.get_slice(key)
 
 
 def save(model, path, dtype=torch.bfloat16, weights=None, **notes):
@@ -453,15 +849,31 @@ def save(model, path, dtype=torch.bfloat16, weights=None, **notes):
 
 # ---- Counting --------------------------------------------------------------------------------------------------------
 
+def wan_macs(p, D, T, N, S):
+    """Multiply-adds of linear layers; query-key pairs of self-attention, and of attention to or among S text tokens."""
+    block = N * (6 * D ** 2 + 2 * D * p.ffn) + S * 2 * D ** 2
+    ends = N * 2 * p.channels * math.prod(p.patch) * D + S * (p.text_dim * D + D ** 2) + T * (p.freq_dim * D + 7 * D ** 2)
+    return p.layers * block + ends, p.layers * N ** 2, p.layers * N * S
+
+
+def hunyuan_macs(p, D, T, N, S):
+    block = (N + S) * (4 * D ** 2 + 2 * D * p.ffn) + (T + 1) * 6 * D ** 2
+    ends = N * (3 * p.channels + 1) * math.prod(p.patch) * D + T * 2 * D ** 2 + (T + 2) * (p.freq_dim * D + D ** 2)
+    refiner = 2 * (S * 12 * D ** 2 + 2 * D ** 2) + (S + 1) * p.text_dim * D + D ** 2    # two blocks
+    return p.layers * block + ends + refiner, p.layers * (N + S) ** 2, 2 * S ** 2
+
+
+def ltx_macs(p, D, T, N, S):
+    block = N * (6 * D ** 2 + 2 * D * p.ffn + 2 * D * p.heads) + S * 2 * D ** 2
+    ends = N * 2 * p.channels * D + (T + 1) * (p.freq_dim * D + D ** 2) + (9 * T + 2) * D ** 2
+    return p.layers * block + ends, p.layers * N ** 2, p.layers * N * S
+
+
 def flops(spec, frames, rows, columns, text=None):
-    """Operations of one forward on a token grid, by kind; a multiply-add is two."""
-    D, N, S = spec.dim, frames * rows * columns, text or spec.text_len
-    block = 12 * N * D ** 2 + 4 * S * D ** 2 + 4 * N * D * spec.ffn
-    ends = 4 * N * spec.channels * math.prod(spec.patch) * D + 2 * S * (spec.text_dim * D + D ** 2)
-    time = 2 * frames * (spec.freq_dim * D + D ** 2 + 6 * D ** 2)
-    return {"linear": spec.layers * block + ends + time,
-            "self_attention": 4 * spec.layers * N ** 2 * D,
-            "cross_attention": 4 * spec.layers * N * S * D}
+    """Operations of one forward on a token grid, by kind; a multiply-add is two. `text`: tokens, default text_len."""
+    macs = {"wan": wan_macs, "hunyuan": hunyuan_macs, "ltx": ltx_macs}[spec.arch]
+    linear, own, words = macs(spec, spec.dim, frames, frames * rows * columns, text or spec.text_len)
+    return {"linear": 2 * linear, "self_attention": 4 * spec.dim * own, "text_attention": 4 * spec.dim * words}
 
 
 def describe(name):

@@ -62,8 +62,9 @@ class Config:
         require_positive(self, "steps", "save_every", "batch", "frames", "lr", "pool", "refresh", "log_every", "clip")
         if self.backbone not in PRESETS:
             raise ValueError(f"unknown backbone '{self.backbone}'; choose {', '.join(PRESETS)}")
-        if self.train not in ("all", "control") or (self.train == "control" and not (self.init and self.control != "text")):
-            raise ValueError("--train is all or control; control needs --init and parameters of its own (text has none)")
+        if self.train not in ("all", "control") or (self.train == "control" and not self.init) or (
+                self.train == "control" and self.control == "text"):
+            raise ValueError("--train is all or control; control needs --init and parameters to train: text has none")
         if self.save_trained and (self.train == "all" or self.init_partial):
             raise ValueError("--save_trained needs --train control, and an --init that fits without --init_partial")
         for name in ("grown", "i2v", "t2v", "drop", "drop_text", "drop_actions", "ema"):

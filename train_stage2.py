@@ -158,7 +158,7 @@ def finish(cfg, run, teacher, coder, guidance):
     if not cfg.preview:
         return
     student = load(cfg.backbone, run.folder / "student.safetensors", device)
-    rows = samplers_of(teacher, student, guidance, few=cfg.denoise)
+    rows = samplers_of(teacher, [student], guidance, few=cfg.denoise)
     stored = ASSETS / f"{cfg.backbone}-stage1.json"
     known = not cfg.teacher and guidance == teacher.spec.guidance and stored.exists()   # it costs 25 times the student
     results, videos, trips = evaluate(rows[1:] if known else rows, cfg.preview, 1000, device)

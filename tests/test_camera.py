@@ -82,7 +82,7 @@ def test_intrinsics_follow_the_picture_through_resize_and_crop():
 
 
 @pytest.mark.parametrize("values, words", [
-    (torch.ones(3, 4), r"intrinsics for 9 cameras are \[9, 3, 3\] or \[9, 4\], got \[3, 4\]"), (torch.ones(9, 5), r"got \[9, 5\]"),
+    (torch.ones(3, 4), r"intrinsics of 9 cameras are \[9, 3, 3\] or \[9, 4\], not \[3, 4\]"), (torch.ones(9, 5), r"not \[9, 5\]"),
     (torch.ones(9, 4).index_fill(0, torch.tensor(4), math.nan), "camera 4 has intrinsics"),
     (torch.ones(9, 4) - 2 * F.one_hot(torch.tensor([9] * 7 + [0] + [9]), 10)[:, :4], "camera 7 has intrinsics"),
     (100 * torch.ones(4), "in pixels: tell the size")])
@@ -153,7 +153,7 @@ def test_rounded_files_are_accepted_and_wrong_counts_are_not(tmp_path):
     with pytest.raises(ValueError, match="a.npy: there are 9 cameras for 10 frames"):
         read_cameras(write(tmp_path, "npy", WALK), frames=10)
     np.save(tmp_path / "intrinsics.npy", np.ones((8, 4)))
-    with pytest.raises(ValueError, match="intrinsics for 9 cameras"):
+    with pytest.raises(ValueError, match="intrinsics of 9 cameras"):
         read_cameras(tmp_path / "a.npy")
     write(tmp_path, "pixels", WALK)
     with pytest.raises(ValueError, match="in pixels: tell the size"):

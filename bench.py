@@ -1,0 +1,260 @@
+"""Speed and memory of the backbones: ours and diffusers' in the same run, against what the GPU was seen to do.
+
+    python bench.py forward                                     # the official backbones at native size, one clip
+    python bench.py train                                       # forward and backward with activation checkpointing
+
+Weights are random. The ceiling of a row is the time of its linear layers and of its attention at the best rates seen at
+the start of the run; what checkpointing computes twice is counted once, so no training row can reach its ceiling.
+Rows are printed as they come, and --out is rewritten after each.
+"""
+
+import gc
+import json
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import sdpa_kernel
+
+from common import fail, one_line_errors, parse, provenance, require_positive
+from model import FASTEST, PRESETS, attention, build, checkpoint_blocks, compile_blocks, flops, preset
+
+TEXT = {"hunyuan": 300}                     # valid text tokens of a usual prompt; other backbones always see text_len
+TINY = dict(dim=64, heads=4, ffn=128, layers=2, freq_dim=32, text_dim=64, rope_dims=(4, 6, 6), size=(9, 64, 96))
+PATIENCE = 4000                             # ms: a repetition ends after the call that passes it
+
+
+@dataclass(frozen=True)
+class Config:
+    """Measure the backbones."""
+    backbone: str = ""          # a preset; without it all official ones (train: both of Wan)
+    eager: bool = True          # without compiling
+    compile: bool = True        # with compiled blocks
+    peer: bool = True           # also diffusers, if it is installed
+    repeats: int = 3            # timed calls in each of two repetitions; fewer where calls are slow
+    tiny: bool = False          # tiny sizes, on a CPU too: shows that it runs, measures nothing
+    out: str = ""               # file for the rows, as JSON
+
+    def __post_init__(self):
+        require_positive(self, "repeats")
+        preset(self.backbone or "tiny")                 # refuses an unknown one
+
+
+# ---- Timing ----------------------------------------------------------------------------------------------------------
+
+def timed(call, device):
+    """Milliseconds of one call."""
+    if device.type == "cpu":
+        begin = time.perf_counter()
+        call()
+        return 1000 * (time.perf_counter() - begin)
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+def measure(call, device, repeats):
+    """Median time of a call after a first one, which compiles, and those of two repetitions; peak memory of the GPU."""
+    first, repetitions = timed(call, device), ([], [])
+    for times in repetitions:
+        while len(times) < repeats and sum(times) < PATIENCE:
+            times.append(timed(call, device))
+    return {"ms": statistics.median(sum(repetitions, [])), "repetitions": repetitions, "first_s": first / 1000,
+            "peak_gib": torch.cuda.max_memory_allocated() / 2 ** 30}
+
+
+def ceilings(device, tiny):
+    """The best rates in TFLOP/s: bf16 matrix multiplication, attention forward, attention forward and backward."""
+    n, heads, tokens, width = (64, 2, 64, 16) if tiny else (8192, 24, 32768, 128)
+    a, b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16)
+    q, k, v, g = torch.randn(4, 1, heads, tokens, width, device=device, dtype=torch.bfloat16)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    work = 4 * heads * width * tokens ** 2                              # and 2.5 times as much backward
+    calls = {"matmul": (2 * n ** 3, lambda: a @ b), "attention": (work, lambda: attention(q, k, v)),
+             "attention_train": (3.5 * work, lambda: torch.autograd.grad(attention(*leaves), leaves, g))}
+    return {name: flop / measure(call, device, 20)["ms"] / 1e9 for name, (flop, call) in calls.items()}
+
+
+# ---- Ours ------------------------------------------------------------------------------------------------------------
+
+def random_model(name, device, dtype, **fields):
+    """A backbone with random weights made in place, the fp32 ones in fp32; there is never a second copy."""
+    with torch.device("meta"):
+        model = build(name, control=None, **fields)
+    state = {key: torch.empty(p.shape, device=device, dtype=model.stored_dtype(key, dtype)).normal_(std=0.02)
+             for key, p in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(True)
+
+
+def example(spec, device):
+    """Latents [1, C, T, H, W], noise levels [1, T] and text states [1, S, E] of one clip of the native size."""
+    frames, height, width = spec.size
+    T, S = spec.latent_frames(frames), TEXT.get(spec.arch, spec.text_len)
+    x = torch.randn(1, spec.channels, T, height // spec.stride[1], width // spec.stride[2], device=device)
+    return x, torch.full((1, T), 0.7, device=device), torch.randn(1, S, spec.text_dim, device=device)
+
+
+def our_call(name, device, fields, compiled, checkpointing):
+    """A forward with bf16 weights, or with `checkpointing` a forward and backward with fp32 weights, as we train."""
+    model = random_model(name, device, torch.float32 if checkpointing else torch.bfloat16, **fields)
+    if checkpointing:
+        checkpoint_blocks(model, keep_attention=checkpointing == "selective")
+    if compiled:
+        compile_blocks(model, fullgraph=True)
+    x, sigma, text = example(model.spec, device)
+
+    def velocity():
+        with torch.autocast(device.type, torch.bfloat16):
+            return model(x, sigma, {"text": text})
+    return partial(step, model, velocity, checkpointing)
+
+
+def step(model, velocity, train):
+    with torch.set_grad_enabled(bool(train)):
+        v = velocity()
+    if train:
+        v.float().square().mean().backward()
+        model.zero_grad(set_to_none=True)
+
+
+# ---- diffusers -------------------------------------------------------------------------------------------------------
+
+def wan_peer(library, p, x, text):
+    """WanTransformer3DModel, with one timestep per sample: its fastest way, for the 5B too."""
+    model = library.WanTransformer3DModel(
+        num_attention_heads=p.heads, attention_head_dim=p.dim // p.heads, in_channels=p.channels, ffn_dim=p.ffn,
+        out_channels=p.channels, text_dim=p.text_dim, freq_dim=p.freq_dim, num_layers=p.layers)
+    return model, model.blocks, dict(hidden_states=x, timestep=x.new_full([1], 700), encoder_hidden_states=text)
+
+
+def hunyuan_peer(library, p, x, text):
+    """HunyuanVideo15Transformer3DModel, with text, glyphs and image padded as its pipeline pads them, and masks."""
+    model = library.HunyuanVideo15Transformer3DModel(
+        in_channels=2 * p.channels + 1, out_channels=p.channels, num_attention_heads=p.heads, mlp_ratio=p.ffn / p.dim,
+        attention_head_dim=p.dim // p.heads, num_layers=p.layers, text_embed_dim=p.text_dim, rope_axes_dim=p.rope_dims)
+    missing = p.text_len - text.shape[1]
+    return model, model.transformer_blocks, dict(
+        hidden_states=F.pad(x, (0, 0, 0, 0, 0, 0, 0, p.channels + 1)), timestep=x.new_full([1], 700),
+        encoder_hidden_states=F.pad(text, (0, 0, 0, missing)), image_embeds=x.new_zeros(1, 729, 1152),
+        encoder_attention_mask=F.pad(x.new_ones(1, text.shape[1]), (0, missing)),
+        encoder_hidden_states_2=x.new_zeros(1, 256, 1472), encoder_attention_mask_2=x.new_zeros(1, 256))
+
+
+def ltx_peer(library, p, x, text):
+    """LTX2VideoTransformer3DModel: it always has its audio tower, which is given one token here."""
+    width, (_, C, T, H, W) = p.dim // p.heads, x.shape
+    model = library.LTX2VideoTransformer3DModel(
+        in_channels=C, out_channels=C, num_attention_heads=p.heads, attention_head_dim=width, cross_attention_dim=p.dim,
+        audio_num_attention_heads=p.heads, audio_attention_head_dim=width // 2, audio_cross_attention_dim=p.dim // 2,
+        num_layers=p.layers, gated_attn=True, cross_attn_mod=True, audio_gated_attn=True, audio_cross_attn_mod=True,
+        perturbed_attn=True, use_prompt_embeddings=False, rope_type="split")
+    time = x.new_full([1], 700)
+    return model, model.transformer_blocks, dict(
+        hidden_states=x.flatten(2).mT, encoder_hidden_states=text, fps=p.fps, sigma=time,
+        timestep=time.expand(1, T * H * W), audio_timestep=time, audio_hidden_states=x.new_zeros(1, 1, 128),
+        audio_encoder_hidden_states=x.new_zeros(1, 1, p.dim // 2), num_frames=T, height=H, width=W, audio_num_frames=1,
+        isolate_modalities=True)
+
+
+def peer_call(name, device, fields, compiled, checkpointing):
+    """The same work by diffusers, all in bf16, attention by the same kernels."""
+    import diffusers
+    spec = preset(name, **fields)
+    x, _, text = (y.bfloat16() for y in example(spec, device))
+    make = {"wan": wan_peer, "hunyuan": hunyuan_peer, "ltx": ltx_peer}[spec.arch]
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device(device):
+            model, blocks, inputs = make(diffusers, spec, x, text)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    if checkpointing:
+        model.train().enable_gradient_checkpointing()
+    for block in blocks if compiled else ():
+        block.compile(dynamic=False)
+    call = partial(step, model, lambda: model(**inputs, return_dict=False)[0], checkpointing)
+    return sdpa_kernel(FASTEST, set_priority=True)(call)
+
+
+# ---- Rows ------------------------------------------------------------------------------------------------------------
+
+def jobs(mode, cfg):
+    """(backbone, who, how, maker of the call to measure), in the order of the table."""
+    makers = {"ours": our_call}
+    if cfg.peer and find_spec("diffusers"):
+        makers[f"diffusers {version('diffusers')}"] = peer_call
+    elif cfg.peer:
+        print("diffusers is not installed: no rows of it")
+    official = [name for name, p in PRESETS.items() if "/" in p.source and (mode == "forward" or p.arch == "wan")]
+    for name in [cfg.backbone] if cfg.backbone else official:
+        for how in ["eager"] * cfg.eager + ["compiled"] * cfg.compile:
+            for who, make in makers.items():
+                for kept in [""] if mode == "forward" else ["selective", "full"] if who == "ours" else ["full"]:
+                    yield name, who, f"{how} {kept}".strip(), partial(make, compiled=how[0] == "c", checkpointing=kept)
+
+
+def row(mode, cfg, device, rates, name, who, how, make):
+    """One measurement; its model lives as long as this call."""
+    fields = TINY if cfg.tiny else {}
+    spec = preset(name, **fields)
+    work = flops(spec, spec.latent_frames(spec.size[0]), *spec.grid(*spec.size[1:]), TEXT.get(spec.arch))
+    linear, scores, rate = work["linear"], work["self_attention"] + work["text_attention"], rates["attention"]
+    if mode == "train":
+        linear, scores, rate = 3 * linear, 3.5 * scores, rates["attention_train"]
+    done = {"mode": mode, "backbone": name, "size": list(spec.size), "who": who, "how": how,
+            "tflop": (linear + scores) / 1e12, "ceiling_ms": (linear / rates["matmul"] + scores / rate) / 1e9}
+    try:
+        return done | measure(make(name, device, fields), device, cfg.repeats)
+    except torch.OutOfMemoryError:
+        return done | {"ms": None}
+
+
+def table(rows):
+    """The rows in markdown."""
+    lines = ["| backbone | frames, height, width | who | how | ms | TFLOP/s | of ceiling | peak GiB | first call, s |",
+             "|---|---|---|---|---:|---:|---:|---:|---:|"]
+    for r in rows:
+        cells = ["out of memory", *"----"] if r["ms"] is None else [
+            f"{r['ms']:.1f}", f"{1000 * r['tflop'] / r['ms']:.0f}", f"{r['ceiling_ms'] / r['ms']:.0%}",
+            f"{r['peak_gib']:.1f}", f"{r['first_s']:.1f}"]
+        lines.append("| " + " | ".join([r["backbone"], str(r["size"])[1:-1], r["who"], r["how"], *cells]) + " |")
+    return lines
+
+
+def main(mode, cfg):
+    if not torch.cuda.is_available() and not cfg.tiny:
+        fail("this measures a GPU and there is none; --tiny shows that it runs")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rates = ceilings(device, cfg.tiny)
+    print(f"{provenance()['device']}, torch {torch.__version__}; TFLOP/s", {k: round(v) for k, v in rates.items()})
+    rows = []
+    for job in jobs(mode, cfg):
+        gc.collect()                                    # the last model
+        torch._dynamo.reset()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        rows.append(row(mode, cfg, device, rates, *job))
+        print(table(rows)[-1], flush=True)
+        if cfg.out:
+            Path(cfg.out).write_text(json.dumps({**provenance(), "ceilings": rates, "rows": rows}, indent=1) + "\n")
+    print("", *table(rows), sep="\n")
+    return rows
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] not in ("forward", "train"):
+        sys.exit("usage: python bench.py forward|train [flags]; --help after either lists the flags")
+    with one_line_errors():
+        main(sys.argv[1], parse(Config, sys.argv[2:]))

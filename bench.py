@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import sdpa_kernel
 
-from common import fail, one_line_errors, parse, provenance, require_positive
-from model import FASTEST, PRESETS, attention, build_on, checkpoint_blocks, compile_blocks, flops, preset
+from common import checkpoint_blocks, compile_blocks, fail, one_line_errors, parse, provenance, require_positive
+from model import FASTEST, PRESETS, attention, build_on, flops, preset
 
 TEXT = {"hunyuan": 300}                     # valid text tokens of a usual prompt; other backbones always see text_len
 TINY = dict(dim=64, heads=4, ffn=128, layers=2, freq_dim=32, text_dim=64, rope_dims=(4, 6, 6), size=(9, 64, 96))

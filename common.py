@@ -15,13 +15,16 @@ import subprocess
 import sys
 import time
 from argparse import ArgumentParser, BooleanOptionalAction
+from functools import partial
 from pathlib import Path
+from types import MethodType
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent
@@ -133,6 +136,36 @@ def mean_over_ranks(metrics):
         dist.all_reduce(values)
         values = values / world_size()
     return dict(zip(keys, values.tolist()))
+
+
+# ---- Passes over a finished backbone: its blocks are in the list that `block_list` names ------------------------------
+
+# What a block under checkpointing keeps: the results of attention, few bytes for the dearest work.
+KEPT = [getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}").default for kernel in (
+    "cudnn_attention", "flash_attention", "efficient_attention", "flash_attention_for_cpu")]
+
+
+def checkpoint_blocks(model, keep_attention=True):
+    """Make each block keep its input and its attention, and compute the rest again in the backward pass, in place.
+
+    `keep_attention=False` computes attention again too. Call it before `compile_blocks`: the compiler then sees the
+    checkpoint inside the block and obeys it. Around a compiled block, attention could not be told from the rest.
+    """
+    kept = {"context_fn": partial(create_selective_checkpoint_contexts, KEPT)} if keep_attention else {}
+
+    def forward(block, *args):                          # nothing in a block is random: no generator state to keep
+        return checkpoint(type(block).forward, block, *args, use_reentrant=False, preserve_rng_state=False, **kept)
+
+    for block in getattr(model, model.block_list):
+        block.forward = MethodType(forward, block)
+    return model
+
+
+def compile_blocks(model, **options):
+    """Compile each transformer block in place; all share one compilation per shape. What stays eager is small."""
+    for block in getattr(model, model.block_list):
+        block.compile(dynamic=False, **options)
+    return model
 
 
 # ---- Optimisation ----------------------------------------------------------------------------------------------------

@@ -1,97 +1,41 @@
-"""Control: one truth for actions and cameras, and the module that injects them into a video transformer.
+"""Control: one truth for the actions of a clip, and what a network is told of them.
 
-An action is a label `9 * translation + rotation`, one per latent frame; label t is the motion from frame t-1 to frame
-t, so the first label of a clip is "still". A camera is c2w, OpenCV axes (x right, y down, z forward). Both tables are
-in the published order of BiWM (arXiv:2606.10135): pitch before yaw.
+An action is a label `9 * translation + rotation`, one per latent frame, in the published order of BiWM
+(arXiv:2606.10135): pitch before yaw. Label t is the motion from frame t-1 to frame t, so the first label of a clip is
+"still". Cameras are in `camera.py`, the ways into a network in `inject.py`.
 
     python control.py "w-8, w+right-12"          # the labels of an action string
+    python control.py poses.npy                  # the labels of a trajectory, and poses.png: the way seen from above
 """
 
 import math
 import re
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
+from pathlib import Path
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+
+from camera import check_poses, draw, invert, pluecker, pose, read_cameras, relative  # `pluecker` for those outside
+from inject import attach                                                             # `attach` too
 
 # id -> (right, forward) and (up, right): what each digit of a label does
 TRANSLATIONS = ((0, 0), (0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (-1, 1), (1, -1), (-1, -1))
 ROTATIONS = ((0, 0), (1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1))
-TRANSLATION_NAMES = ("none", "forward", "back", "right", "left",
-                     "forward+right", "forward+left", "back+right", "back+left")
-ROTATION_NAMES = ("none", "up", "down", "right", "left", "up+right", "up+left", "down+right", "down+left")
-KEYS = {"w": (0, 1, 0, 0), "s": (0, -1, 0, 0), "d": (1, 0, 0, 0), "a": (-1, 0, 0, 0), "still": (0, 0, 0, 0),
-        "up": (0, 0, 1, 0), "down": (0, 0, -1, 0), "right": (0, 0, 0, 1), "left": (0, 0, 0, -1)}
 ACTIONS = 81
 NO_ACTION = -1                      # a frame without control: the unconditional branch of guidance, or unknown motion
 
 TRANSLATION_SHARE = 0.2             # a motion shorter than this share of the step is none
 MEDIAN_SHARE = 0.05                 # the same when the step is not told: share of the clip's median motion
 ROTATION_DEGREES = 0.5              # a turn smaller than this is none
-CONE = math.cos(math.radians(60))  # within 60 degrees of an axis is along it; along two is diagonal
-
-
-def label_from_keys(keys):
-    """Label of a set of pressed keys, e.g. {"w", "right"} -> 12. Opposite keys are an error."""
-    keys = sorted(keys)
-    for one, other in (("w", "s"), ("a", "d"), ("up", "down"), ("left", "right")):
-        if one in keys and other in keys:
-            raise ValueError(f"'{one}' and '{other}' contradict each other")
-    if "still" in keys and len(keys) > 1:
-        raise ValueError(f"'still' cannot be combined with '{'+'.join(k for k in keys if k != 'still')}'")
-    x, z, up, right = (sum(KEYS[k][i] for k in keys) for i in range(4))
-    return 9 * TRANSLATIONS.index((x, z)) + ROTATIONS.index((up, right))
-
-
-def keys_from_label(label):
-    """The keys that make a label, e.g. 12 -> ["w", "right"]; [] for still and for NO_ACTION."""
-    if label < 0:
-        return []
-    (x, z), (up, right) = TRANSLATIONS[label // 9], ROTATIONS[label % 9]
-    pressed = [("w", z > 0), ("s", z < 0), ("d", x > 0), ("a", x < 0),
-               ("up", up > 0), ("down", up < 0), ("right", right > 0), ("left", right < 0)]
-    return [key for key, down in pressed if down]
-
-
-def parse_actions(text):
-    """Labels int64 [T] of an action string; T = 1 + the sum of the counts, the first label is 0 (the start view).
-
-    segment := keys ('-' | '*') count, keys := name ('+' name)* | label 0..80; segments are separated by commas. Counts
-    are latent frames: "w-8, w+right-12, 38-4". Errors name the column (1 is the first character).
-    """
-    labels, column = [0], 1
-    for part in text.split(","):
-        start = column + len(part) - len(part.lstrip())
-        labels += _segment(part.strip(), start)
-        column += len(part) + 1
-    return torch.tensor(labels)
-
-
-def _segment(segment, column):
-    """The labels of one `keys-count` segment that starts at `column`."""
-    def fail(offset, message):
-        raise ValueError(f"action string, column {column + offset}: {message}")
-
-    match = re.fullmatch(r"([a-z0-9+]+)\s*[-*]\s*(\d{1,6})", segment)
-    if not match:
-        fail(0, f"'{segment[:40]}' is not keys-count, such as w-8, w+right-12 or 38-4")
-    keys, count = match[1], int(match[2])
-    if count < 1:
-        fail(match.start(2), "a count is at least 1")
-    if keys.isdigit():
-        if int(keys) >= ACTIONS:
-            fail(0, f"label {keys[:20]} is outside 0..{ACTIONS - 1}")
-        return [int(keys)] * count
-    offset = 0
-    for name in keys.split("+"):
-        if name not in KEYS:
-            fail(offset, f"unknown key '{name[:20]}'; the keys are {', '.join(KEYS)} or a label 0..80")
-        offset += len(name) + 1
-    try:
-        return [label_from_keys(set(keys.split("+")))] * count
-    except ValueError as error:
-        fail(0, str(error))
+CONE = math.cos(math.radians(60))   # within 60 degrees of an axis is along it; along two is diagonal
+KEYS = {"w": (0, 1, 0, 0), "s": (0, -1, 0, 0), "a": (-1, 0, 0, 0), "d": (1, 0, 0, 0), "still": (0, 0, 0, 0),
+        "up": (0, 0, 1, 0), "down": (0, 0, -1, 0), "left": (0, 0, 0, -1), "right": (0, 0, 0, 1)}
+SEGMENT = re.compile(r"([a-z0-9+]+)\s*[-*]\s*([0-9]+)")
+LONGEST = 100_000                   # latent frames an action string may have: four hours
 
 
 def check_actions(actions):
@@ -104,18 +48,92 @@ def check_actions(actions):
     return actions.long()
 
 
-# ---- Cameras ---------------------------------------------------------------------------------------------------------
+# ---- Actions ---------------------------------------------------------------------------------------------------------
 
-def pose(position, yaw, pitch):
-    """c2w [..., 4, 4] of a camera at `position` [..., 3], turned right by `yaw` and up by `pitch` [...] (radians)."""
-    cy, sy, cp, sp = yaw.cos(), yaw.sin(), pitch.cos(), pitch.sin()
-    zero, one = torch.zeros_like(cy), torch.ones_like(cy)
-    rows = [cy, sy * sp, sy * cp, position[..., 0],                                     # R_y(yaw) R_x(pitch), y is down
-            zero, cp, -sp, position[..., 1],
-            -sy, cy * sp, cy * cp, position[..., 2],
-            zero, zero, zero, one]
-    return torch.stack(rows, -1).unflatten(-1, (4, 4))
+def label_from_keys(keys):
+    """Label of a set of pressed keys, e.g. {"w", "right"} -> 12. Opposite keys are an error."""
+    for one, other in (("w", "s"), ("a", "d"), ("up", "down"), ("left", "right")):
+        if one in keys and other in keys:
+            raise ValueError(f"'{one}' and '{other}' contradict each other")
+    if "still" in keys and len(keys) > 1:
+        raise ValueError(f"'still' cannot be combined with '{'+'.join(sorted(set(keys) - {'still'}))}'")
+    x, z, up, right = (sum(KEYS[k][i] for k in keys) for i in range(4))
+    return 9 * TRANSLATIONS.index((x, z)) + ROTATIONS.index((up, right))
 
+
+def keys_from_label(label):
+    """The keys that make a label, e.g. 12 -> ["w", "right"]; [] for still and for NO_ACTION."""
+    if label < 0:
+        return []
+    does = (*TRANSLATIONS[label // 9], *ROTATIONS[label % 9])
+    return [key for key, effect in KEYS.items() if any(e and e == d for e, d in zip(effect, does))]
+
+
+def parse_actions(text):
+    """Labels int64 [T] of an action string; T = 1 + the sum of the counts, the first label is 0 (the start view).
+
+    segment := keys ('-' | '*') count, keys := name ('+' name)* | label 0..80; segments are separated by commas. Counts
+    are latent frames: "w-8, w+right-12, 38-4". Errors name the column (1 is the first character).
+    """
+    labels, counts, column, total = [0], [1], 1, 1
+    for part in text.split(","):
+        try:
+            label, count = parse_segment(part.strip())
+            if (total := total + count) > LONGEST:
+                raise ValueError(0, f"with this there are {total} frames, the most are {LONGEST}")
+        except ValueError as error:
+            offset, message = error.args
+            start = column + len(part) - len(part.lstrip())
+            raise ValueError(f"action string, column {start + offset}: {message}") from None
+        labels.append(label)
+        counts.append(count)
+        column += len(part) + 1
+    return torch.tensor(labels).repeat_interleave(torch.tensor(counts))
+
+
+@lru_cache(512)                     # a long string repeats itself
+def parse_segment(segment):
+    """(label, count) of one `keys-count` segment; ValueError(offset, message) says where it is wrong."""
+    match = SEGMENT.fullmatch(segment)
+    if not match:
+        raise ValueError(0, f"'{segment[:40]}' is not keys-count, such as w-8, w+right-12 or 38-4")
+    name, count = match.groups()
+    if len(count) > 6 or int(count) < 1:
+        raise ValueError(match.start(2), "a count is at least 1 and has at most 6 digits")
+    if name.isdigit():
+        if len(name) > 2 or int(name) >= ACTIONS:
+            raise ValueError(0, f"label {name[:20]} is outside 0..{ACTIONS - 1}")
+        return int(name), int(count)
+    keys, offset = name.split("+"), 0
+    for key in keys:
+        if key not in KEYS:
+            raise ValueError(offset, f"unknown key '{key[:20]}'; the keys are {', '.join(KEYS)} or a label 0..80")
+        offset += len(key) + 1
+    try:
+        return label_from_keys({*keys}), int(count)
+    except ValueError as error:
+        raise ValueError(0, str(error)) from None
+
+
+def format_actions(labels):
+    """The action string of labels [T] (the first, of the start view, included): what `parse_actions` reads back."""
+    return ", ".join(f"{'+'.join(keys_from_label(label)) or 'still'}-{len([*run])}"
+                     for label, run in groupby(torch.as_tensor(labels)[1:].tolist()))
+
+
+def yaw_first(actions):
+    """Labels of our order in the one that puts yaw before pitch (HY-WorldPlay's), or back: the same permutation."""
+    actions = check_actions(actions)
+    return actions - actions % 9 + torch.tensor((0, 3, 4, 1, 2, 5, 7, 6, 8), device=actions.device)[actions % 9]
+
+
+def flip_actions(actions):
+    """Labels, or NO_ACTION, of the mirrored video: left and right change places in both digits."""
+    mirror = torch.tensor((0, 1, 2, 4, 3, 6, 5, 8, 7), device=actions.device)
+    return torch.where(actions < 0, actions, 9 * mirror[actions // 9] + mirror[actions % 9])
+
+
+# ---- Poses and labels ------------------------------------------------------------------------------------------------
 
 def motion(actions):
     """What labels [...] ask for: unit displacement (right, forward) [..., 2] and turn signs (up, right) [..., 2]."""
@@ -139,51 +157,40 @@ def poses_from_labels(actions, step, angle):
     return relative(pose(torch.stack([x, torch.zeros_like(x), z], -1), yaw, pitch))
 
 
-def invert(c2w):
-    """Inverse of rigid transforms [..., 4, 4]: (R, t) -> (R^T, -R^T t)."""
-    rotation = c2w[..., :3, :3].mT
-    top = torch.cat([rotation, -rotation @ c2w[..., :3, 3:]], -1)
-    return torch.cat([top, c2w[..., 3:, :]], -2)
-
-
-def relative(c2w):
-    """Cameras [..., T, 4, 4] expressed in the axes of their first frame."""
-    return invert(c2w[..., :1, :, :]) @ c2w
-
-
-def labels_from_poses(c2w, step=None):
+def labels_from_poses(c2w, step=None, smooth=False):
     """Labels int64 [..., T] of the motions between successive cameras c2w [..., T, 4, 4]; the first label is 0.
 
     A motion counts as along an axis when it lies within 60 degrees of it, and as none below a fifth of `step`; without
-    `step`, below 5 % of the clip's median motion, so a clip that never clearly moves has no scale: tell the step.
+    `step`, below 5 % of the clip's median motion, so a clip that never clearly moves has no scale and its jitter counts
+    as motion: tell the step. `smooth` takes the majority of three frames, for estimated poses; a motion of a single
+    frame, as in a walk of exact poses, would be lost.
     """
-    c2w = torch.as_tensor(c2w).double()
-    if c2w.shape[-2:] != (4, 4) or c2w.ndim < 3:
-        raise ValueError(f"cameras are c2w [..., T, 4, 4], got {list(c2w.shape)}")
-    if not torch.isfinite(c2w).all():
-        raise ValueError(f"camera {int((~c2w.isfinite()).flatten(-2).any(-1).nonzero()[0, -1])} is not finite")
-    between = invert(c2w[..., :-1, :, :]) @ c2w[..., 1:, :, :]                          # E_i [..., T-1, 4, 4]
-    t = between[..., :3, 3]
-    distance = t.norm(dim=-1)
-    if step is None:
-        threshold = (MEDIAN_SHARE * distance.median(-1, keepdim=True).values).clamp_min(1e-6)
+    c2w = check_poses(c2w)
+    t, r = (invert(c2w[..., :-1, :, :]) @ c2w[..., 1:, :, :])[..., :3, :].split([3, 1], -1)[::-1]   # of E_i
+    t, distance = t[..., 0], t[..., 0].norm(dim=-1)                                     # [..., T-1, 3], [..., T-1]
+    if step is not None or not distance.numel():
+        threshold = TRANSLATION_SHARE * (step or 0)
     else:
-        threshold = TRANSLATION_SHARE * step
+        threshold = (MEDIAN_SHARE * distance.median(-1, keepdim=True).values).clamp_min(1e-6)
     cosine = t / distance.clamp_min(1e-12)[..., None]
-    moved = distance > threshold
-    x = torch.where(moved, (cosine[..., 0] > CONE).long() - (cosine[..., 0] < -CONE).long(), 0)
-    z = torch.where(moved, (cosine[..., 2] > CONE).long() - (cosine[..., 2] < -CONE).long(), 0)
+    x, z = (torch.where(distance > threshold, sign(cosine[..., i], CONE), 0) for i in (0, 2))
+    tau = math.radians(ROTATION_DEGREES)
+    up = sign(torch.atan2(r[..., 2, 1], r[..., 2, 2]), tau)                             # R = R_z R_y R_x; + looks up
+    right = sign(torch.asin((-r[..., 2, 0]).clamp(-1, 1)), tau)                         # + looks right
 
-    r, tau = between[..., :3, :3], math.radians(ROTATION_DEGREES)
-    rx = torch.atan2(r[..., 2, 1], r[..., 2, 2])                                        # R = R_z R_y R_x; + looks up
-    ry = torch.asin((-r[..., 2, 0]).clamp(-1, 1))                                       # + looks right
-    up, right = (rx > tau).long() - (rx < -tau).long(), (ry > tau).long() - (ry < -tau).long()
+    digits = [lookup(TRANSLATIONS, x, z), lookup(ROTATIONS, up, right)]                 # each [..., T-1]
+    if smooth:                                                  # two equal neighbours outvote what is between them
+        for d in digits:
+            before, after = d[..., :-2].clone(), d[..., 2:]
+            d[..., 1:-1] = torch.where(before == after, before, d[..., 1:-1])
+    return F.pad(9 * digits[0] + digits[1], (1, 0))
 
-    labels = 9 * _index(TRANSLATIONS, x, z) + _index(ROTATIONS, up, right)
-    return torch.cat([torch.zeros_like(labels[..., :1]), labels], -1)
+
+def sign(x, threshold):
+    return (x > threshold).long() - (x < -threshold).long()
 
 
-def _index(table, first, second):
+def lookup(table, first, second):
     """Position in `table` of the pairs (first, second) of signs."""
     grid = torch.zeros(3, 3, dtype=torch.long, device=first.device)
     for i, (a, b) in enumerate(table):
@@ -191,12 +198,54 @@ def _index(table, first, second):
     return grid[first + 1, second + 1]
 
 
-# ---- Injection -------------------------------------------------------------------------------------------------------
+def resample(actions, stride, new):
+    """Labels [T] of latent frames of `stride` pixel frames each -> labels of latent frames of `new`, by pixel time.
+
+    Where several labels fall into one frame, its label is that of the net motion: half w, half right is w+right.
+    """
+    pixels = check_actions(actions)[1:].repeat_interleave(stride)                       # one label a pixel frame
+    if len(pixels) % new:
+        raise ValueError(f"1 + {len(pixels)} pixel frames are no whole number of latent frames of {new}")
+    pixels = pixels.reshape(-1, new)
+    walks = poses_from_labels(F.pad(pixels, (1, 0)), 1.0, ROTATION_DEGREES / TRANSLATION_SHARE / new)
+    return torch.cat([actions[:1], labels_from_poses(walks[:, [0, -1]], step=new)[:, 1]])
+
+
+# ---- What a clip is told ---------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Control:
-    """Control of a clip, one entry per latent frame. `actions` int64 [B, T], NO_ACTION where there is none."""
-    actions: torch.Tensor
+    """Control of a clip, one entry per latent frame; what is not known is None.
+
+    `actions` int64 [B, T], NO_ACTION where a frame has no control at all, its camera included. `c2w` [B, T, 4, 4],
+    relative to the first frame, and `K` [B, T, 3, 3], image-normalised, both float32.
+    """
+    actions: torch.Tensor | None = None
+    c2w: torch.Tensor | None = None
+    K: torch.Tensor | None = None
+
+    def frames(self, start, stop):
+        """Control of frames start..stop-1, cameras relative to the first of them."""
+        parts = {name: part for name, part in vars(self).items() if part is not None}
+        for name, part in parts.items():
+            if not 0 <= start < stop <= part.shape[1]:
+                raise ValueError(f"{name} reach {part.shape[1]} frames, not frames {start}..{stop - 1}")
+            parts[name] = relative(part[:, start:stop]) if name == "c2w" else part[:, start:stop]
+        return Control(**parts)
+
+    def flip(self):
+        """Control of the mirrored video (mirror the pixels before they are encoded)."""
+        actions = None if self.actions is None else flip_actions(self.actions)
+        if self.c2w is None:
+            return Control(actions)
+        mirror, K = self.c2w.new_tensor([-1, 1, 1, 1]), self.K.clone()
+        K[..., 0, 2] = 1 - K[..., 0, 2]                                                 # the principal point
+        return Control(actions, mirror[:, None] * self.c2w * mirror, K)
+
+    def given(self):
+        """1 on frames that have control, 0 on the others: [B, T, 1, 1]."""
+        given = self.c2w[..., 3, 3] if self.actions is None else (self.actions >= 0).float()
+        return given[..., None, None]
 
 
 @dataclass(frozen=True)
@@ -207,45 +256,25 @@ class Condition:
 
     def frames(self, start, stop):
         """The condition of frames start..stop-1."""
-        if self.control is None:
-            return self
-        if not 0 <= start < stop <= self.control.actions.shape[1]:
-            raise ValueError(f"actions reach {self.control.actions.shape[1]} frames, not frames {start}..{stop - 1}")
-        return replace(self, control=Control(self.control.actions[:, start:stop]))
+        return self if self.control is None else Condition(self.text, self.control.frames(start, stop))
 
     def null(self, text):
         """The unconditional branch of guidance: the negative `text` and no control at all."""
         return Condition(text, None)
 
 
-class ActionEmbedding(nn.Module):
-    """`adaln`: two learned tables, translation and rotation, added to each frame's time embedding.
-
-    BiWM embeds the label as one number; two tables let unseen combinations compose. Both start at zero, so an
-    untrained control changes nothing, and both receive gradient from the first step.
-    """
-
-    def __init__(self, dim):
-        super().__init__()
-        self.translation = nn.Parameter(torch.zeros(9, dim))
-        self.rotation = nn.Parameter(torch.zeros(9, dim))
-
-    def forward(self, control):                                                         # -> [B, T, D]
-        a, digits = control.actions[..., None], torch.arange(9, device=control.actions.device)
-        move, turn = (a // 9 == digits) & (a >= 0), (a % 9 == digits) & (a >= 0)  # one-hot [B, T, 9]; no action, no row
-        return move.float() @ self.translation + turn.float() @ self.rotation
-
-
-def attach(backbone, kind="adaln"):
-    """Give `backbone` the parameters of a control kind, zero-initialised, under the name `control`."""
-    if kind != "adaln":
-        raise ValueError(f"unknown control '{kind}'; choose adaln")
-    backbone.control = ActionEmbedding(backbone.spec.dim).to(next(backbone.parameters()).device)
-    return backbone
+def main(argument):
+    if not argument.endswith((".npy", ".txt", ".json")):
+        return print(*parse_actions(argument).tolist())
+    c2w, picture = read_cameras(argument).c2w, Path(argument).with_suffix(".png")
+    labels = labels_from_poses(c2w, smooth=True)
+    draw(c2w, [format_actions([0, label]).rpartition("-")[0] for label in labels.tolist()], picture)
+    print(*labels.tolist())
+    print(f"{format_actions(labels)}\nwrote {picture}")
 
 
 if __name__ == "__main__":
     try:
-        print(*parse_actions(" ".join(sys.argv[1:])).tolist())
-    except ValueError as error:
+        main(" ".join(sys.argv[1:]))
+    except (ValueError, OSError) as error:
         sys.exit(f"control.py: {error}")

@@ -10,12 +10,12 @@ import torch
 
 import world
 from common import generator, rank
-from control import ACTIONS, Condition, Control
+from control import ACTIONS, Condition, Control, relative
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Clips x0 [B, C, T, H, W] with their condition (text and actions of the same T frames)."""
+    """Clips x0 [B, C, T, H, W] with their condition (text, actions and cameras of the same T frames)."""
     x0: torch.Tensor
     condition: Condition
 
@@ -34,6 +34,11 @@ class Trips:
         """Trajectories start..stop-1."""
         return Trips(*(x[start:stop] for x in vars(self).values()))
 
+    def control(self, device="cpu"):
+        """What happened: labels and exact cameras of every frame."""
+        c2w = relative(world.pose(self.states.to(device)))                              # [N, T, 4, 4]
+        return Control(self.actions.to(device), c2w, world.K.to(device).expand(*c2w.shape[:2], 3, 3))
+
     def video(self, device="cpu"):
         """The exact picture of every frame, uint8 [N, T, H, W, 3]."""
         N, T = self.states.shape[:2]
@@ -43,7 +48,8 @@ class Trips:
 
 class WorldStream:
     """Windows of the embedded world, rendered live. Half of them carry the labels of what happened, half those of what
-    was asked for: no motion shows a key that a wall stops, so walls are learnt from the latter."""
+    was asked for: no motion shows a key that a wall stops, so walls are learnt from the latter. Cameras show what
+    happened."""
 
     def __init__(self, codec, seed, pool=256, length=48, refresh=200, split="train"):
         """`pool` trajectories of `length` frames live for `refresh` steps; splits never share a trajectory."""
@@ -61,6 +67,7 @@ class WorldStream:
         self.latents = torch.cat([self.codec.encode(trips.part(i, i + 64).video(device))
                                   for i in range(0, self.pool, 64)])                    # [N, C, length, H, W]
         self.labels, self.maps = torch.stack([trips.actions, trips.asked]).to(device), trips.maps.to(device)
+        self.control = trips.control(device)
         self.loaded = number
 
     def batch(self, step, size, frames):
@@ -76,7 +83,9 @@ class WorldStream:
         index = start[:, None] + torch.arange(frames, device=self.codec.device)         # [B, T]
         x0 = self.latents[trip[:, None], :, index].transpose(1, 2)                      # [B, C, T, H, W]
         text = {key: value[self.maps[trip]] for key, value in self.captions.items()}
-        return Batch(x0.contiguous(), Condition(text, Control(self.labels[kind[:, None], trip[:, None], index])))
+        at = trip[:, None], index
+        control = Control(self.labels[kind[:, None], *at], relative(self.control.c2w[at]), self.control.K[at])
+        return Batch(x0.contiguous(), Condition(text, control))
 
 
 class RandomStream:

@@ -11,6 +11,8 @@ from einops import rearrange
 
 import world
 from common import generator
+from control import poses_from_labels
+from inject import SENTENCES
 
 BLOCK = 8                                       # pixels per latent, both ways
 KEEP = (16, 4, 4)                               # coefficients kept of luma, blue-yellow, red-green: 24 channels
@@ -51,8 +53,10 @@ class TinyCodec:
         scale = GAIN / torch.tensor(DEVIATION, dtype=torch.float64).sqrt()
         self.analysis = (basis() * scale).float().to(device)                            # [192, 24]
         self.synthesis = (basis() / scale).T.float().to(device)                         # [24, 192]
-        self.words = {word: i for i, word in enumerate(world.WORDS)}
-        self.vectors = torch.randn(len(self.words), 64, generator=generator(0, "word vectors"))
+        camera = sorted({*" ".join(SENTENCES).replace(".", "").lower().split()} - {*world.WORDS})
+        self.words = {word: i for i, word in enumerate((*world.WORDS, *camera))}
+        self.vectors = torch.cat([torch.randn(len(table), 64, generator=generator(0, name))
+                                  for table, name in ((world.WORDS, "word vectors"), (camera, "camera words"))])
         self.device = device
 
     def encode(self, video):
@@ -85,6 +89,16 @@ class TinyCodec:
             for i, word in enumerate(words):
                 row[i] = self.vectors[self.words[word]]
         return {"text": states.to(self.device)}
+
+    def sentences(self):
+        """The camera sentences of all 81 labels [81, S, 64], zeros after each one's end."""
+        states = self.text([s.replace(".", "") for s in SENTENCES])["text"]
+        return states[:, :int((states != 0).any(-1).sum(1).max())]
+
+    def cameras(self, actions):
+        """c2w [B, T, 4, 4] and K [B, T, 3, 3] of one who begins level and obeys `actions` [B, T]; no wall stops them."""
+        c2w = poses_from_labels(actions, world.STEP, world.ANGLE).float().to(self.device)
+        return c2w, world.K.to(self.device).expand(*actions.shape, 3, 3)
 
 
 def codec(name, device="cpu"):

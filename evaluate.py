@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import world
 from common import autocast, generator, one_line_errors, parse, provenance, require_positive, reseed, setup
-from control import Condition, Control
+from control import Condition
 from data import Trips
 from encode import codec
 from flow import schedule
@@ -125,10 +125,10 @@ def dream(sampler, coder, trips, video, seed, piece=128):
     noise = lambda shape, g=generator(seed, "dream"): torch.randn(shape, generator=g).to(coder.device)
     for i in tqdm(range(0, len(video), piece), desc=sampler.name, leave=False):
         maps = trips.maps[i:i + piece].to(coder.device)
-        actions = trips.actions[i:i + piece, :video.shape[1]].to(coder.device)
-        condition = Condition({k: v[maps] for k, v in captions.items()}, Control(actions))
+        told = trips.part(i, i + piece).control(coder.device).frames(0, video.shape[1])
+        condition = Condition({k: v[maps] for k, v in captions.items()}, told)
         out.append(coder.decode(rollout(
-            velocity, condition, coder.encode(video[i:i + piece, :START]), actions.shape[1],
+            velocity, condition, coder.encode(video[i:i + piece, :START]), video.shape[1],
             schedule(sampler.steps, spec.shift), spec.chunk, spec.window, noise, ode if sampler.ode else few_step)))
     return torch.cat(out)
 

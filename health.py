@@ -13,7 +13,7 @@ from torch import nn
 
 import world
 from common import generator, mean_over_ranks
-from control import Condition, Control
+from control import Condition
 from evaluate import SECOND, START, dream, evaluate, held_out, load_probe, measure, table
 from flow import add_noise, velocity_to_x0
 from model import ASSETS
@@ -135,7 +135,7 @@ def critic_view(critic, coder, trips, video, window):
     noise = torch.randn(x0.shape, generator=generator(SEED, "critic")).to(x0.device)
     sigma = torch.full((len(x0), x0.shape[2]), CRITIC_SIGMA, device=x0.device)
     sigma[:, :START] = 0
-    condition, x_t = Condition(text, Control(trips.actions.to(x0.device))), add_noise(x0, noise, sigma)
+    condition, x_t = Condition(text, trips.control(x0.device)), add_noise(x0, noise, sigma)
     views = []
     for s in range(0, x0.shape[2], window):
         e = min(s + window, x0.shape[2])

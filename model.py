@@ -15,9 +15,7 @@ import re
 import sys
 from collections import OrderedDict
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from types import MethodType
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +26,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-import control as control_module
+import inject
 import nvfp4
+from common import rank
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -163,6 +161,10 @@ def rotate(x, rope):
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
 
 
+def split(x, heads):
+    return rearrange(x, "b n (h d) -> b h n d", h=heads)
+
+
 FASTEST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -177,6 +179,7 @@ class Backbone(nn.Module):
 
     block_list = ""                                     # the attribute that holds the transformer blocks
     fp32 = re.compile("")                               # parameters that the official run computes with in fp32
+    refuses = {}                                        # control kind that the architecture has no place for -> why
 
     def __init__(self, spec):
         super().__init__()
@@ -199,7 +202,7 @@ class Backbone(nn.Module):
         x        [B, C, T, H, W]  clean history frames and noisy frames together, in time order
         sigma    [B, T]           noise level of each frame; float32
         text     dict             states of the text encoder; the keys are documented at each architecture
-        control  Control | None   actions of the same T frames
+        control  Control | None   actions and cameras of the same T frames
         frames   [T] float | None positions of the frames on the time axis, default 0..T-1
         """
         raise NotImplementedError
@@ -215,12 +218,13 @@ class Backbone(nn.Module):
             raise ValueError(f"sigma is one noise level per frame [{B}, {T}], got {list(sigma.shape)}")
         return x.shape
 
-    def inject(self, control, B, T):
+    def inject(self, control, x):
+        """What `control` adds to a forward of the latents `x`, and where."""
+        if control is None:
+            return inject.Signal()
         if self.control is None:
             raise ValueError("this backbone has no control parameters; control.attach(backbone) adds them")
-        if control.actions.shape != (B, T):
-            raise ValueError(f"actions are one label per frame [{B}, {T}], got {list(control.actions.shape)}")
-        return self.control(control)
+        return self.control(control, x.shape, self.spec.patch)
 
 
 # ---- Wan -------------------------------------------------------------------------------------------------------------
@@ -234,14 +238,14 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
 
-    def forward(self, x, context=None, rope=None):      # [B, N, D], [B, S, D]
-        context = x if context is None else context
-        q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(context)), self.v(context)
-        q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=self.heads) for y in (q, k, v))
+    def forward(self, x, context=None, rope=None, sentences=None, branch=None):         # [B, N, D], [B, S, D]
+        keys = lambda context: (split(self.norm_k(self.k(context)), self.heads), split(self.v(context), self.heads))
+        q, (k, v) = split(self.norm_q(self.q(x)), self.heads), keys(x if context is None else context)
+        added = 0.0 if branch is None else inject.prope(q, k, v, branch, attention)     # [B, N, D]
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        y = attention(q.to(v.dtype), k.to(v.dtype), v)                                  # [B, heads, N, d]
-        return self.o(rearrange(y, "b h n d -> b n (h d)"))
+        y = inject.hear(q.to(v.dtype), k.to(v.dtype), v, sentences, keys, attention)    # [B, heads, N, d]
+        return self.o(rearrange(y, "b h n d -> b n (h d)")) + added
 
 
 class WanBlock(nn.Module):
@@ -260,14 +264,15 @@ class WanBlock(nn.Module):
         self.cross_attn = Attention(D, spec.heads, spec.eps)
         self.ffn = nn.Sequential(nn.Linear(D, spec.ffn), nn.GELU("tanh"), nn.Linear(spec.ffn, D))
 
-    def forward(self, x, e6, text, rope):               # [B, T, L, D] fp32, [B, T, 6, D] fp32, [B, S, D]
+    def forward(self, x, e6, text, rope, sentences=None, branch=None):  # [B, T, L, D], [B, T, 6, D] fp32, [B, S, D]
         T, L = x.shape[1:3]
         shift1, scale1, gate1, shift2, scale2, gate2 = (e6 + self.modulation).split(1, dim=2)   # each [B, T, 1, D]
 
         h = modulate(layer_norm(x, self.eps), shift1, scale1).flatten(1, 2)             # [B, T*L, D]
-        x = x + gate1 * self.self_attn(h, rope=rope).unflatten(1, (T, L))               # [B, T, L, D]
+        x = x + gate1 * self.self_attn(h, rope=rope, branch=branch).unflatten(1, (T, L))    # [B, T, L, D]
 
-        x = x + self.cross_attn(self.norm3(x).flatten(1, 2), text).unflatten(1, (T, L))     # ungated: text always acts
+        h = self.norm3(x).flatten(1, 2)
+        x = x + self.cross_attn(h, text, sentences=sentences).unflatten(1, (T, L))      # ungated: text always acts
 
         h = modulate(layer_norm(x, self.eps), shift2, scale2)
         return x + gate2 * self.ffn(h)
@@ -291,7 +296,7 @@ class Wan(Backbone):
     """Wan2.1-T2V-1.3B, Wan2.2-TI2V-5B and the embedded world's tiny and small: one architecture."""
 
     block_list = "blocks"
-    fp32 = re.compile(r"^(time_|head|control)|norm|modulation")
+    fp32 = re.compile(r"^(time_|head|control\.(translation|rotation))|norm|modulation")
 
     def __init__(self, spec):
         super().__init__(spec)
@@ -321,20 +326,19 @@ class Wan(Backbone):
         frames = torch.arange(T, device=x.device) if frames is None else frames
         third = p.dim // p.heads // 6 * 2                                               # even; time takes the rest
         axes = p.rope_dims or (p.dim // p.heads - 2 * third, third, third)
-        rope = rotary(frames, H // q, W // r, axes, 10000, torch.float64)
+        rope, signal = rotary(frames, H // q, W // r, axes, 10000, torch.float64), self.inject(control, x)
 
         with torch.autocast(x.device.type, enabled=False):                           # the time path is never below fp32
-            e = self.time_embedding(sinusoid(1000 * sigma.double(), p.freq_dim, torch.float64))  # [B, T, D]
-            if control is not None:
-                e = e + self.inject(control, B, T)
-            e6 = self.time_projection(e).unflatten(-1, (6, p.dim))                      # [B, T, 6, D]
+            e = self.time_embedding(sinusoid(1000 * sigma.double(), p.freq_dim, torch.float64)) + signal.time
+            e6 = self.time_projection(e).unflatten(-1, (6, p.dim))                      # [B, T, 6, D] of e [B, T, D]
 
         context = self.embed_text(text["text"])                                         # [B, S, D]
+        said = signal.sentences and signal.sentences.embed(self.text_embedding)
         x = rearrange(x, "b c t (h q) (w r) -> b t (h w) (c q r)", q=q, r=r)            # [B, T, L, C * q * r]
         x = F.linear(x, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)  # the convolution
-        x = x.float()                                                        # [B, T, L, D]; the residual stream is fp32
-        for block in self.blocks:
-            x = block(x, e6, context, rope)
+        x = x.float() + signal.tokens                                        # [B, T, L, D]; the residual stream is fp32
+        for i, block in enumerate(self.blocks):
+            x = block(x, e6, context, rope, said, signal.branches.get(i))
         with torch.autocast(x.device.type, enabled=False):
             x = self.head(x, e)                                                         # [B, T, L, C * q * r]
         return rearrange(x, "b t (h w) (q r c) -> b c t (h q) (w r)", h=H // q, q=q, r=r)
@@ -412,22 +416,24 @@ class HunyuanBlock(nn.Module):
         self.img_mlp, self.txt_mlp = (named(fc1=nn.Linear(D, M), act=nn.GELU("tanh"), fc2=nn.Linear(M, D))
                                       for _ in range(2))
 
-    def forward(self, x, txt, c, c_txt, rope, mask):    # [B, T, L, D], [B, 1, S, D], [B, T, 1, D], [B, 1, 1, D]
+    def forward(self, x, txt, c, c_txt, rope, mask, branch=None):  # [B, T, L, D], [B, 1, S, D], [B, T|1, 1, D]
         T, L = x.shape[1:3]
         shift1, scale1, gate1, shift2, scale2, gate2 = self.img_mod(c).chunk(6, -1)         # each [B, T, 1, D]
         tshift1, tscale1, tgate1, tshift2, tscale2, tgate2 = self.txt_mod(c_txt).chunk(6, -1)  # text is one more frame
 
         h = modulate(layer_norm(x, self.eps), shift1, scale1).flatten(1, 2)             # [B, T*L, D]
         t = modulate(layer_norm(txt, self.eps), tshift1, tscale1).flatten(1, 2)         # [B, S, D]
-        q, k, v, tq, tk, tv = (rearrange(y, "b n (h d) -> b h n d", h=self.heads) for y in (
+        q, k, v, tq, tk, tv = (split(y, self.heads) for y in (
             self.img_attn_q(h), self.img_attn_k(h), self.img_attn_v(h),
             self.txt_attn_q(t), self.txt_attn_k(t), self.txt_attn_v(t)))
-        q = torch.cat([rotate(self.img_attn_q_norm(q), rope).to(v.dtype), self.txt_attn_q_norm(tq).to(v.dtype)], 2)
-        k = torch.cat([rotate(self.img_attn_k_norm(k), rope).to(v.dtype), self.txt_attn_k_norm(tk).to(v.dtype)], 2)
+        q, k = self.img_attn_q_norm(q), self.img_attn_k_norm(k)                         # [B, heads, T*L, d]
+        added = 0.0 if branch is None else inject.prope(q, k, v, branch, attention)     # [B, T*L, D]
+        q = torch.cat([rotate(q, rope).to(v.dtype), self.txt_attn_q_norm(tq).to(v.dtype)], 2)
+        k = torch.cat([rotate(k, rope).to(v.dtype), self.txt_attn_k_norm(tk).to(v.dtype)], 2)
         v = torch.cat([v, tv], 2)                                                       # [B, heads, T*L + S, d]
         y = rearrange(attention(q, k, v, mask), "b h n d -> b n (h d)")
 
-        x = x + gate1 * self.img_attn_proj(y[:, :T * L]).unflatten(1, (T, L))           # [B, T, L, D]
+        x = x + gate1 * (self.img_attn_proj(y[:, :T * L]) + added).unflatten(1, (T, L))     # [B, T, L, D]
         txt = txt + tgate1 * self.txt_attn_proj(y[:, T * L:])[:, None]                  # [B, 1, S, D]
         x = x + gate2 * self.img_mlp(modulate(layer_norm(x, self.eps), shift2, scale2))
         return x, txt + tgate2 * self.txt_mlp(modulate(layer_norm(txt, self.eps), tshift2, tscale2))
@@ -438,7 +444,8 @@ class HunyuanVideo(Backbone):
 
     block_list = "double_blocks"
     # In bf16: linear layers and the image stream; in fp32: norms, the text stream, as in the official run; time, head.
-    fp32 = re.compile(r"^(time_in|txt_in\.t_embedder|vision_in\.proj\.[04]|cond_type|final_layer|control)|norm")
+    fp32 = re.compile(r"^(time_in|txt_in\.t_embedder|vision_in\.proj\.[04]|cond_type|final_layer|control\.[tr])|norm")
+    refuses = {"text": "it has no cross-attention, so every frame would hear the sentences of all"}
 
     def __init__(self, spec):
         super().__init__(spec)
@@ -476,20 +483,18 @@ class HunyuanVideo(Backbone):
         B, C, T, H, W = self.check(x, sigma)
         p, (_, q, r) = self.spec, self.spec.patch
         frames = torch.arange(T, device=x.device) if frames is None else frames
-        rope = rotary(frames, H // q, W // r, p.rope_dims, 256, torch.float32)
+        rope, signal = rotary(frames, H // q, W // r, p.rope_dims, 256, torch.float32), self.inject(control, x)
 
         # The text's noise level is that of the noisiest frames, those being made; sigma uniform: the official timestep
-        e, e_txt = (sinusoid(1000 * s, p.freq_dim) for s in (sigma[..., None], sigma.amax(1)[:, None, None]))
+        e, e_txt = (sinusoid(1000 * s, p.freq_dim) for s in (sigma, sigma.amax(1)[:, None, None]))
         with torch.autocast(x.device.type, enabled=False):                           # the time path is never below fp32
-            c, c_txt = self.time_in(e), self.time_in(e_txt)                             # [B, T, 1, D], [B, 1, 1, D]
-            if control is not None:
-                c = c + self.inject(control, B, T)[:, :, None]
+            c, c_txt = (self.time_in(e) + signal.time)[:, :, None], self.time_in(e_txt)  # [B, T, 1, D], [B, 1, 1, D]
 
         txt, mask = self.embed_text(text, e_txt[:, 0], len(rope[0]))            # [B, 1, S, D] fp32, [B, 1, 1, T*L + S]
         x = rearrange(self.condition(x, sigma, text), "b c t (h q) (w r) -> b t (h w) (c q r)", q=q, r=r)
-        x = F.linear(x, self.img_in.proj.weight.flatten(1), self.img_in.proj.bias)      # [B, T, L, D]: the convolution
-        for block in self.double_blocks:
-            x, txt = block(x, txt, c, c_txt, rope, mask)
+        x = F.linear(x, self.img_in.proj.weight.flatten(1), self.img_in.proj.bias) + signal.tokens      # [B, T, L, D]
+        for i, block in enumerate(self.double_blocks):
+            x, txt = block(x, txt, c, c_txt, rope, mask, signal.branches.get(i))
         with torch.autocast(x.device.type, enabled=False):
             shift, scale = self.final_layer.adaLN_modulation(c).chunk(2, -1)            # each [B, T, 1, D]
             x = self.final_layer.linear(modulate(layer_norm(x, p.eps), shift, scale))   # [B, T, L, C * q * r]
@@ -566,15 +571,15 @@ class LTXAttention(nn.Module):
         self.q_norm, self.k_norm = RMSNorm(dim, eps), RMSNorm(dim, eps)
         self.to_gate_logits, self.to_out = nn.Linear(dim, heads), nn.Sequential(nn.Linear(dim, dim))
 
-    def forward(self, x, context=None, rope=None):      # [B, N, D], [B, S, D]
-        context = x if context is None else context
-        q, k, v = self.q_norm(self.to_q(x)), self.k_norm(self.to_k(context)), self.to_v(context)
-        q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=self.heads) for y in (q, k, v))
+    def forward(self, x, context=None, rope=None, sentences=None, branch=None):         # [B, N, D], [B, S, D]
+        keys = lambda context: (split(self.k_norm(self.to_k(context)), self.heads), split(self.to_v(context), self.heads))
+        q, (k, v) = split(self.q_norm(self.to_q(x)), self.heads), keys(x if context is None else context)
+        added = 0.0 if branch is None else inject.prope(q, k, v, branch, attention)     # [B, N, D]
         if rope is not None:
             q, k = rotate_halves(q, rope), rotate_halves(k, rope)
-        y = attention(q.to(v.dtype), k.to(v.dtype), v)                                  # [B, heads, N, d]
+        y = inject.hear(q.to(v.dtype), k.to(v.dtype), v, sentences, keys, attention)    # [B, heads, N, d]
         gate = 2 * self.to_gate_logits(x).sigmoid()                                     # [B, N, heads]
-        return self.to_out((rearrange(y, "b h n d -> b n h d") * gate[..., None]).flatten(2))
+        return self.to_out((rearrange(y, "b h n d -> b n h d") * gate[..., None]).flatten(2)) + added
 
 
 class LTXBlock(nn.Module):
@@ -592,17 +597,18 @@ class LTXBlock(nn.Module):
         self.attn1, self.attn2 = (LTXAttention(D, spec.heads, spec.eps) for _ in range(2))
         self.ff = named(net=nn.Sequential(named(proj=nn.Linear(D, spec.ffn)), nn.GELU("tanh"), nn.Linear(spec.ffn, D)))
 
-    def forward(self, x, m, m_text, text, rope):        # [B, T, L, D], [B, T, 9, D] fp32, [B, 2, D] fp32, [B, S, D]
+    def forward(self, x, m, m_text, text, rope, sentences=None, branch=None):   # x [B, T, L, D], text [B, S, D]
         T, L = x.shape[1:3]
         m = (m + self.scale_shift_table).to(x.dtype)                # summed in fp32, applied in the run's dtype
         shift1, scale1, gate1, shift3, scale3, gate3, shift2, scale2, gate2 = m.split(1, 2)         # each [B, T, 1, D]
 
         h = modulate(rms_norm(x, self.eps), shift1, scale1).flatten(1, 2)               # [B, T*L, D]
-        x = x + gate1 * self.attn1(h, rope=rope).unflatten(1, (T, L))                   # [B, T, L, D]
+        x = x + gate1 * self.attn1(h, rope=rope, branch=branch).unflatten(1, (T, L))    # [B, T, L, D]
 
         h = modulate(rms_norm(x, self.eps), shift2, scale2).flatten(1, 2)
-        text = modulate(text, *(m_text + self.prompt_scale_shift_table).to(x.dtype).split(1, 1))    # [B, S, D]
-        x = x + gate2 * self.attn2(h, text).unflatten(1, (T, L))
+        m_text = (m_text + self.prompt_scale_shift_table).to(x.dtype).split(1, 1)       # each [B, 1, D]
+        said = sentences and sentences.per_frame(lambda states: modulate(states, *m_text))
+        x = x + gate2 * self.attn2(h, modulate(text, *m_text), sentences=said).unflatten(1, (T, L))
 
         return x + gate3 * self.ff(modulate(rms_norm(x, self.eps), shift3, scale3))
 
@@ -611,7 +617,7 @@ class LTX(Backbone):
     """LTX-2.3-22B's video tower, 13.1 B parameters; its attribute `fps` is the frame rate: time is in seconds."""
 
     block_list = "transformer_blocks"
-    fp32 = re.compile(r"^(adaln|prompt_adaln|proj_out|control)|_norm|scale_shift_table")
+    fp32 = re.compile(r"^(adaln|prompt_adaln|proj_out|control\.(translation|rotation))|_norm|scale_shift_table")
 
     def __init__(self, spec):
         super().__init__(spec)
@@ -653,19 +659,18 @@ class LTX(Backbone):
         if states.shape[::2] != (B, p.dim):
             raise ValueError(f"text states are [{B}, S, {p.dim}], got {list(states.shape)}")
         rope = ltx_rope(torch.arange(T, device=x.device) if frames is None else frames, H, W, self.fps, p)
+        signal = self.inject(control, x)
 
         e, e_text = (sinusoid(1000 * s, p.freq_dim, torch.float32) for s in (sigma, sigma.amax(1)))
         with torch.autocast(x.device.type, enabled=False):                           # the time path is never below fp32
-            e = self.adaln_single.emb(e)                                                # [B, T, D]
-            if control is not None:
-                e = e + self.inject(control, B, T)
+            e = self.adaln_single.emb(e) + signal.time                                  # [B, T, D]
             m = self.adaln_single.linear(F.silu(e)).unflatten(-1, (9, p.dim))           # [B, T, 9, D]
             m_text = self.prompt_adaln_single(e_text).unflatten(-1, (2, p.dim))         # [B, 2, D]
 
         x = self.patchify_proj(rearrange(x, "b c t h w -> b t (h w) c"))                # [B, T, L, D], the run's dtype
-        states = states.to(x.dtype)
-        for block in self.transformer_blocks:
-            x = block(x, m, m_text, states, rope)
+        x, states = x + signal.tokens, states.to(x.dtype)
+        for i, block in enumerate(self.transformer_blocks):
+            x = block(x, m, m_text, states, rope, signal.sentences, signal.branches.get(i))
         with torch.autocast(x.device.type, enabled=False):
             shift, scale = (e[:, :, None] + self.scale_shift_table).split(1, 2)         # each [B, T, 1, D]
             x = self.proj_out(modulate(layer_norm(x, p.eps), shift, scale))             # [B, T, L, C]
@@ -684,13 +689,14 @@ def preset(name, **fields):
     return replace(PRESETS[name], **fields)
 
 
-def build(name, control="adaln", **fields):
-    """A backbone with random weights; under torch.device("meta") nothing is allocated. control=None leaves it plain."""
+def build(name, control="adaln", sentences=None, **fields):
+    """A backbone with random weights; under torch.device("meta") nothing is allocated. control=None leaves it plain,
+    other kinds and `sentences` are those of `control.attach`."""
     spec = preset(name, **fields)
     model = ARCHITECTURES[spec.arch](spec)
     if not next(model.parameters()).is_meta:
         model.initialise()
-    return model if control is None else control_module.attach(model, control)
+    return inject.attach(model, control, sentences) if control else model
 
 
 def build_on(device, dtype, name, **fields):
@@ -707,63 +713,49 @@ def build_on(device, dtype, name, **fields):
     return model
 
 
-# What a block under checkpointing keeps: the results of attention, few bytes for the dearest work.
-KEPT = [getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}").default for kernel in (
-    "cudnn_attention", "flash_attention", "efficient_attention", "flash_attention_for_cpu")]
-
-
-def checkpoint_blocks(model, keep_attention=True):
-    """Make each block keep its input and its attention, and compute the rest again in the backward pass, in place.
-
-    `keep_attention=False` computes attention again too. Call it before `compile_blocks`: the compiler then sees the
-    checkpoint inside the block and obeys it. Around a compiled block, attention could not be told from the rest.
-    """
-    kept = {"context_fn": partial(create_selective_checkpoint_contexts, KEPT)} if keep_attention else {}
-
-    def forward(block, *args):                          # nothing in a block is random: no generator state to keep
-        return checkpoint(type(block).forward, block, *args, use_reentrant=False, preserve_rng_state=False, **kept)
-
-    for block in getattr(model, model.block_list):
-        block.forward = MethodType(forward, block)
-    return model
-
-
-def compile_blocks(model, **options):
-    """Compile each transformer block in place; all share one compilation per shape. What stays eager is small."""
-    for block in getattr(model, model.block_list):
-        block.compile(dynamic=False, **options)
-    return model
-
-
-def load(name, source=None, device="cpu", dtype=torch.float32, **fields):
+def load(name, source=None, device="cpu", dtype=torch.float32, control=None, partial=False, **fields):
     """A backbone filled from `source`: a safetensors file, a folder in the official layout, or a hub repository id.
 
-    The file's keys must be the model's keys; control parameters are optional, for official files have none. With
-    bfloat16 weights run it under torch.autocast; the time path, norms and head keep fp32 weights. Tensors go one by one
-    from the mapped file to `device`; on the CPU, those that need no conversion stay in the file's pages. Linears that
-    are packed in the file (nvfp4.py) stay so in memory.
-    Errors (ValueError, OSError) name the file and the key.
+    The file's keys must be the model's keys, with the control kinds of the file (those in `control`, if it is given).
+    `partial` takes what fits: what is missing keeps its initial values, what is surplus is left out, both are printed.
+    With bfloat16 weights run it under torch.autocast; the time path, norms and head keep fp32 weights. Tensors go one
+    by one from the mapped file to `device`; on the CPU, those that need no conversion stay in the file's pages. Linears
+    that are packed in the file (nvfp4.py) stay so in memory. Errors (ValueError, OSError) name the file and the key.
     """
     spec = preset(name, **fields)
     source = source or default_source(spec)
     files = weight_files(source, spec)
     stored = headers(files, spec)
+    kinds = "+".join(kind for kind in inject.kinds_in(stored) if control is None or kind in control.split("+"))
+    sentences = torch.zeros(stored["control.sentences"][2]) if "text" in kinds else None
+    make = lambda: build(name, kinds, sentences, **fields)
     with torch.device("meta"):
-        model = build(name, "adaln" if any(key.startswith("control.") for key in stored) else None, **fields)
+        model = make()
     if any(key.endswith(".weight_scale") for key in stored):
         return nvfp4.load(model, files, device, dtype)
     expected, doubt = {key: list(p.shape) for key, p in model.state_dict().items()}, f"is it a checkpoint of {name}?"
-    for key in expected:
-        if key not in stored:
-            raise ValueError(f"{source} has no tensor '{key}', which {name} needs; {doubt}")
+    missing, surplus = [key for key in expected if key not in stored], [key for key in stored if key not in expected]
+    differs = [f"{source} has {how} {listed(keys)}" for how, keys in (("no tensor", missing), ("surplus", surplus)) if keys]
+    if differs and not partial:
+        raise ValueError(f"{'; '.join(differs)}; {doubt} partial=True (--init_partial) takes what fits")
+    if differs and rank() == 0:
+        print("\n".join(differs))
+    stored = {key: where for key, where in stored.items() if key in expected}
     for key, (file, _, shape) in stored.items():
-        if key not in expected:
-            raise ValueError(f"{file} has a tensor '{key}' that {name} does not know; {doubt}")
         if shape != expected[key]:
             raise ValueError(f"{file}: '{key}' is {shape}, but {name} needs {expected[key]}; {doubt}")
     state = {key: part[...].to(device).to(model.stored_dtype(key, dtype)) for key, part in read(stored)}
+    if missing:
+        fresh = make().state_dict()
+        state |= {key: fresh[key].to(device, model.stored_dtype(key, dtype)) for key in missing}
     model.load_state_dict(state, strict=True, assign=True)
     return model.requires_grad_(True)
+
+
+def listed(names):
+    """All of `names` in a line; if they are many, * stands for any number of a block."""
+    names = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names) if len(names) > 8 else names
+    return ", ".join(f"'{name}'" for name in names)
 
 
 def default_source(spec):
@@ -804,10 +796,12 @@ def headers(files, spec):
     for file in files:
         try:
             with safe_open(file, "numpy") as reader:        # unlike "pt" it needs no address space of the file's size
-                made_for = (reader.metadata() or {}).get("backbone", spec.name)
-                if made_for != spec.name:
+                notes = reader.metadata() or {}
+                if (made_for := notes.get("backbone", spec.name)) != spec.name:
                     raise ValueError(f"{file} was made for the backbone {made_for}, not {spec.name}; "
                                      f"give --backbone {made_for}")
+                if "base" in notes:                         # this file holds what was trained, the rest is there
+                    stored |= headers(weight_files(notes["base"], spec), spec)
                 stored |= {official(key): (file, key, reader.get_slice(key).get_shape()) for key in reader.keys()}
         except FileNotFoundError:
             raise OSError(f"checkpoint {file} does not exist, though its index names it; fetch it again") from None

@@ -169,6 +169,7 @@ class WorldModel:
     def __init__(self, model, steps=4, guidance=1.0, use_ode=False):
         self.spec, self.device = model.spec, next(model.parameters()).device
         self.codec = codec(model.spec.name, self.device)
+        self.sees = model.control is not None and "c2w" in model.control.reads
         self.velocity = guided(velocity_of(model), guidance, self.codec.text([model.spec.negative]))
         self.sigmas, self.sampler = schedule(steps, model.spec.shift), ode if use_ode else few_step
 
@@ -201,7 +202,8 @@ class WorldModel:
             raise ValueError("step needs at least one action")
         self.actions = torch.cat([self.actions, actions], 1)
         past, frames = self.latents.shape[2], self.latents.shape[2] + actions.shape[1]
-        condition = Condition(self.text, Control(self.actions.to(self.device)))
+        cameras = self.codec.cameras(self.actions) if self.sees else ()                 # of one whom no wall stops
+        condition = Condition(self.text, Control(self.actions.to(self.device), *cameras))
         self.latents = rollout(self.velocity, condition, self.latents, frames, self.sigmas, self.spec.chunk,
                                self.spec.window, self.noise, self.sampler)
         fresh = self.codec.decode(self.latents[:, :, past:])[0]

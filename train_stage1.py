@@ -1,26 +1,28 @@
 """Stage 1: a bidirectional video diffusion transformer learns to be controlled (BiWM, arXiv:2606.10135).
 
 Flow matching on clips whose first n frames stay clean at sigma 0 (n = 0 text-, 1 image-, more video-to-video), with the
-action of every frame, and caption and actions dropped now and then so that the teacher can be guided.
+action or camera of every frame, and caption and control dropped now and then so that the teacher can be guided.
 
     torchrun train_stage1.py --steps 20                                              # anywhere
     torchrun train_stage1.py --steps 20000 --batch 256 --compile --cuda_graphs       # a good teacher, one GPU
+    torchrun train_stage1.py --control prope --init runs/stage1/teacher.safetensors --init_partial --train control
 """
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from common import (EMA, Run, derive, descend, load_checkpoint, one_line_errors, parse, provenance, rank,
+from common import (EMA, Run, compile_blocks, derive, descend, load_checkpoint, one_line_errors, parse, provenance, rank,
                     require_positive, reseed, save_checkpoint, setup, shutdown)
-from control import NO_ACTION, Condition, Control
+from control import NO_ACTION, Condition, Control, attach
 from data import WorldStream
 from encode import codec
 from flow import add_noise, draw_sigma, flow_loss
-from model import PRESETS, build, compile_blocks, load, save
+from model import PRESETS, build, load, save
 from rollout import velocity_of
 
 
@@ -28,7 +30,11 @@ from rollout import velocity_of
 class Config:
     """Stage 1 of BiWM: control fine-tuning. Running the same command again resumes."""
     backbone: str = "tiny"          # a preset of model.py
-    init: str = ""                  # weights to start from; empty: random
+    control: str = "adaln"          # how control enters: adaln, text, plucker, prope, or several joined by +
+    init: str = ""                  # weights to start from, official or of an earlier run; empty: random
+    init_partial: bool = False      # take of them what fits: other control, missing or surplus tensors
+    train: str = "all"              # all weights, or control: only those of --control, on a frozen --init
+    save_trained: bool = False      # with --train control: save those alone; --init is needed to load them
     out: str = "runs/stage1"        # run folder
     steps: int = 2000               # optimizer steps
     seed: int = 0                   # of everything random
@@ -56,6 +62,11 @@ class Config:
         require_positive(self, "steps", "save_every", "batch", "frames", "lr", "pool", "refresh", "log_every", "clip")
         if self.backbone not in PRESETS:
             raise ValueError(f"unknown backbone '{self.backbone}'; choose {', '.join(PRESETS)}")
+        if self.train not in ("all", "control") or (self.train == "control" and not self.init) or (
+                self.train == "control" and self.control == "text"):
+            raise ValueError("--train is all or control; control needs --init and parameters to train: text has none")
+        if self.save_trained and (self.train == "all" or self.init_partial):
+            raise ValueError("--save_trained needs --train control, and an --init that fits without --init_partial")
         for name in ("grown", "i2v", "t2v", "drop", "drop_text", "drop_actions", "ema"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name} is a share, 0..1, got {getattr(self, name)}")
@@ -82,7 +93,7 @@ def draw_prefix(cfg, chunk, batch, frames, device):
 
 
 def drop(condition, empty, cfg):
-    """Withhold caption, actions or both, for guidance; a window's first label is half the time still."""
+    """Withhold caption, control or both, for guidance; a window's first label is half the time still."""
     actions = condition.control.actions.clone()
     B, device = actions.shape[0], actions.device
     actions[:, 0] *= torch.rand(B, device=device) < 0.5
@@ -91,7 +102,7 @@ def drop(condition, empty, cfg):
     no_actions = (u < cfg.drop) | ~no_text & (u < cfg.drop + cfg.drop_text + cfg.drop_actions)
     actions[no_actions] = NO_ACTION
     text = {key: torch.where(no_text[:, None, None], empty[key], value) for key, value in condition.text.items()}
-    return Condition(text, Control(actions))
+    return Condition(text, replace(condition.control, actions=actions))
 
 
 def stage1_loss(velocity, x0, condition, cfg, spec):
@@ -111,8 +122,8 @@ class Tensors(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, x, sigma, actions, text):
-        return velocity_of(self.model)(x, sigma, Condition({"text": text}, Control(actions)))
+    def forward(self, x, sigma, text, *control):
+        return velocity_of(self.model)(x, sigma, Condition({"text": text}, Control(*control)))
 
 
 def fast_velocity(model, cfg):
@@ -124,10 +135,11 @@ def fast_velocity(model, cfg):
     graphs = {}
 
     def velocity(x, sigma, condition):
+        inputs = x, sigma, condition.text["text"], *vars(condition.control).values()
         if x.shape[2] not in graphs:
-            example = (x.clone(), sigma.clone(), condition.control.actions.clone(), condition.text["text"].clone())
+            example = tuple(tensor.clone() for tensor in inputs)
             graphs[x.shape[2]] = torch.cuda.make_graphed_callables(Tensors(model), example)
-        return graphs[x.shape[2]](x, sigma, condition.control.actions, condition.text["text"])
+        return graphs[x.shape[2]](*inputs)
     return velocity
 
 
@@ -138,17 +150,40 @@ def learning_rate(step, cfg):
 
 def adamw(model, cfg, device):
     """AdamW; biases and norms are not decayed."""
-    groups = [{"params": [p for p in model.parameters() if p.ndim > 1]},
-              {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.ndim > 1]},
+              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, cfg.lr, (0.9, 0.99), weight_decay=cfg.decay, fused=device.type == "cuda")
+
+
+def initial_model(cfg, coder, device):
+    """The network of --init, or a random one, with the control of --control: what is new begins without effect."""
+    reseed(cfg.seed, "initialisation")
+    if cfg.init:
+        model = load(cfg.backbone, cfg.init, device, control=cfg.control, partial=cfg.init_partial)
+    else:
+        model = build(cfg.backbone, None).to(device)
+    attach(model, cfg.control, coder.sentences() if "text" in cfg.control else None)
+    for name, p in model.named_parameters():
+        p.requires_grad_(cfg.train == "all" or name.startswith("control."))
+    return model
+
+
+def save_teacher(model, ema, cfg, step):
+    """teacher.safetensors: the averaged weights, all or (--save_trained) those of the control on top of --init."""
+    notes = {"stage": 1, "steps": step, "seed": cfg.seed, "control": cfg.control, **provenance()}
+    weights = ema.average
+    if cfg.save_trained:
+        weights = {key: value for key, value in weights.items() if key.startswith("control.")}
+        notes["base"] = Path(cfg.init).resolve() if Path(cfg.init).exists() else cfg.init
+    save(model, Path(cfg.out) / "teacher.safetensors", weights=weights, **notes)
 
 
 def prepare(cfg):
     """The networks, the data and the run folder; bad input ends here with one line."""
     device = setup()
     coder = codec(cfg.backbone, device)
-    reseed(cfg.seed, "initialisation")
-    model = load(cfg.backbone, cfg.init, device) if cfg.init else build(cfg.backbone).to(device)
+    model = initial_model(cfg, coder, device)
     stream = WorldStream(coder, cfg.seed, cfg.pool, max(48, cfg.frames), cfg.refresh)
     return device, model, coder, stream, Run(cfg.out, cfg)
 
@@ -178,8 +213,7 @@ def main(cfg):
             run.log(step, loss=loss, norm=norm, lr=group["lr"])
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             if rank() == 0:                     # before the checkpoint: a complete one never lacks its weights
-                notes = {"stage": 1, "steps": step + 1, "seed": cfg.seed, **provenance()}
-                save(model, run.folder / "teacher.safetensors", weights=ema.average, **notes)
+                save_teacher(model, ema, cfg, step + 1)
             save_checkpoint(cfg.out, step + 1, *state)
     shutdown()
 

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 import torch
 
-from common import (EMA, Run, derive, descend, fail, load_checkpoint, mean_over_ranks, one_line_errors, parse,
-                    provenance, rank, require_positive, reseed, save_checkpoint, setup, shutdown)
+from common import (EMA, Run, checkpoint_blocks, compile_blocks, derive, descend, fail, load_checkpoint,
+                    mean_over_ranks, one_line_errors, parse, provenance, rank, require_positive, reseed,
+                    save_checkpoint, setup, shutdown)
 from data import RandomStream, WorldStream
 from dmd import Clip, Discriminator, Head, Networks, Recipe, critic_gradients, student_gradients
 from encode import codec
@@ -25,7 +26,7 @@ from evaluate import load_probe, samplers_of
 from flow import schedule
 from health import Health, averaged, compare, critic_by_sigma, curves, figures, final_table, side_by_side
 from lora import Adapters
-from model import PRESETS, build_on, checkpoint_blocks, compile_blocks, load, save
+from model import PRESETS, build_on, load, save
 from rollout import draw_plan, self_rollout, velocity_of
 
 

@@ -228,7 +228,7 @@ def test_one_noise_level_per_frame_equals_one_per_token(V):
     model = random_model("adaln", patch=(1, 1, 2))
     x, text = inputs(V=V, patch=2)
     actions, frames = torch.tensor([[0, 12, 80], [-1, 9, 4]]), torch.tensor([2.5, 7, 1234])
-    control = model.control(Control(actions))
+    control = model.inject(Control(actions), x).time
     v = model(x, MIXED, text, Control(actions), frames)
     for i in range(2):
         close(v[i], slow(model, x, MIXED, text, i, frames.tolist(), control[i]))

@@ -15,7 +15,8 @@ from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model
-from model import PRESETS, attention, build, checkpoint_blocks, compile_blocks, load, save, weight_files
+from common import checkpoint_blocks, compile_blocks
+from model import PRESETS, attention, build, load, save, weight_files
 
 TINY = dict(dim=64, heads=4, ffn=112, layers=2, text_dim=64, freq_dim=32, rope_dims=(4, 6, 6))
 OFFICIAL = [name for name, spec in PRESETS.items() if "/" in spec.source]

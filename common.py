@@ -65,6 +65,18 @@ def parse(config, argv=None):
         parser.error(str(error))
 
 
+def command_line(config):
+    """The inverse of `parse`: the flags of all fields that differ from their defaults."""
+    flags = []
+    for field in dataclasses.fields(config):
+        name, value = field.name, getattr(config, field.name)
+        if value != field.default and field.type is bool:
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        elif value != field.default:
+            flags += [f"--{name}", str(value)]
+    return flags
+
+
 def require_positive(config, *names):
     """ValueError unless each of these fields of `config` is above zero."""
     for name in names:

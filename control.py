@@ -11,6 +11,7 @@ import math
 import re
 import sys
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 from torch import nn
@@ -92,6 +93,12 @@ def _segment(segment, column):
         return [label_from_keys(set(keys.split("+")))] * count
     except ValueError as error:
         fail(0, str(error))
+
+
+def action_string(labels):
+    """The inverse of `parse_actions`, except that it is given no first label: the action string of `labels` [T]."""
+    runs = [("+".join(keys_from_label(label)) or "still", len([*run])) for label, run in groupby(labels)]
+    return ", ".join(f"{keys}-{count}" for keys, count in runs)
 
 
 def check_actions(actions):

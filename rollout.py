@@ -165,10 +165,13 @@ class WorldModel:
 
 def read_picture(file, spec):
     """A PNG or JPEG of the size of the model's frames: uint8 [1, H, W, 3]."""
-    with Image.open(file, formats=("PNG", "JPEG")) as picture:
-        if picture.size != spec.size[:0:-1]:
-            raise ValueError("a start picture has {}x{} pixels, not {}x{}".format(*spec.size[:0:-1], *picture.size))
-        return torch.tensor(np.asarray(picture.convert("RGB")))[None]
+    try:
+        with Image.open(file, formats=("PNG", "JPEG")) as picture:
+            if picture.size != spec.size[:0:-1]:
+                raise ValueError("a start picture has {}x{} pixels, not {}x{}".format(*spec.size[:0:-1], *picture.size))
+            return torch.tensor(np.asarray(picture.convert("RGB")))[None]
+    except (SyntaxError, Image.DecompressionBombError) as error:                # what Pillow says of a broken PNG
+        raise ValueError(f"not a picture: {error}") from None
 
 
 KEY_PLACES = {"w": (1, 0), "a": (0, 1), "s": (1, 1), "d": (2, 1),       # column, row of a key on the overlay

@@ -27,6 +27,11 @@ def test_grammar():
     assert parse_actions("80-1").dtype == torch.int64
 
 
+@given(st.lists(st.integers(0, 80), min_size=1))
+def test_an_action_string_parses_back(labels):
+    assert parse_actions(control.action_string(labels)).tolist() == [0, *labels]
+
+
 @pytest.mark.parametrize("text, column, words", [
     ("w-8, rihgt-3", 6, "unknown key 'rihgt'"), ("w-8, w+up+x-3", 11, "unknown key 'x'"), ("w-0", 3, "at least 1"),
     ("w-8,, s-2", 5, "not keys-count"), ("81-2", 1, "outside 0..80"), ("w+s-3", 1, "contradict"), ("", 1, "not keys-count"),

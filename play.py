@@ -242,7 +242,7 @@ def main(cfg):
     print(f"play at {address}, end with Ctrl-C")
     if cfg.browser:
         webbrowser.open(address)
-    with suppress(KeyboardInterrupt):
+    with suppress(KeyboardInterrupt), server:
         server.serve_forever()
 
 

@@ -6,8 +6,10 @@ before the next one is read, and anything else that arrives ends the connection 
 
 import base64
 import hashlib
+import socket
 import sys
 import threading
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 HERE = ("127.0.0.1", "localhost")   # names of a server that only this machine reaches
@@ -21,16 +23,30 @@ class Refused(Exception):
 
 
 class Server(ThreadingHTTPServer):
-    """A thread for each connection; at most `seats` of them are WebSockets."""
+    """A thread for each connection; at most `seats` of them are WebSockets. Closing it ends them all in good order."""
 
-    daemon_threads = True
+    daemon_threads = False
 
     def __init__(self, host, port, handler, seats):
-        self.seats = threading.Semaphore(seats)
+        self.seats, self.wires = threading.Semaphore(seats), set()
         try:
             super().__init__((host, port), handler)
         except OSError as error:
             raise OSError(f"cannot listen on {host}:{port} ({error.strerror}); choose another --port") from None
+
+    def process_request(self, request, address):
+        self.wires.add(request)
+        super().process_request(request, address)
+
+    def shutdown_request(self, request):
+        self.wires.discard(request)
+        super().shutdown_request(request)
+
+    def server_close(self):
+        for wire in [*self.wires]:
+            with suppress(OSError):                             # gone already
+                wire.shutdown(socket.SHUT_RDWR)                 # whoever reads from it reads the end
+        super().server_close()                                  # waits for the threads
 
     def handle_error(self, request, address):
         if not isinstance(sys.exception(), (ConnectionError, TimeoutError)):            # those only mean: gone

@@ -18,6 +18,7 @@ import urllib.error
 import urllib.request
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import imageio.v3 as iio
 import numpy as np
@@ -271,7 +272,7 @@ def test_fragments_are_joined_and_bounded_together(toy):
     client.close()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(message=st.one_of(st.binary(max_size=60), st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
        | st.sampled_from(["clip", "w", "student"]), lambda x: st.lists(x, max_size=4) | st.dictionaries(
            st.sampled_from(["step", "reset", "start", "map", "seed", "prompt", "image", "model", "steps", "record", "hello"]), x, max_size=6))))
@@ -464,6 +465,15 @@ def test_a_recording_can_be_made_again_by_its_command(tiny, tmp_path, monkeypatc
     assert np.array_equal(iio.imread(tmp_path / "again.mp4"), seen)
 
 
+def test_a_latent_frame_may_be_several_frames(toy, monkeypatch):
+    monkeypatch.setattr(Toy, "step", lambda self, actions, step=Toy.step: step(self, actions).repeat_interleave(3, 0))
+    client = dreaming(toy)
+    reply = client.ask(step=[["w"], ["up"], [], ["w", "right"]])
+    assert reply["labels"] == [9] * 3 + [1] * 3 + [0] * 3 + [12] * 3 == pixels(reply)[:, 0, 0, 0].tolist()
+    assert reply["keys"][3] == ["up"] and len(reply["pictures"]) == 12
+    client.close()
+
+
 def test_a_recording_has_an_end(toy, monkeypatch):
     monkeypatch.setattr(play, "LONGEST", 8)
     client = Client(toy)
@@ -475,13 +485,18 @@ def test_a_recording_has_an_end(toy, monkeypatch):
 
 # ---- The command -----------------------------------------------------------------------------------------------------
 
-def test_the_command_serves_and_ends(tmp_path):
+def test_the_command_serves_and_ends_in_good_order(tmp_path):
     run = subprocess.Popen(["python", "play.py", "--no-browser", "--port", "0", "--out", str(tmp_path)], stdout=subprocess.PIPE,
                            stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
-    address = re.match(r"play at (http://localhost:\d+), end with Ctrl-C", run.stdout.readline())[1]
+    address, port = re.match(r"play at (http://localhost:(\d+)), end with Ctrl-C", run.stdout.readline()).groups()
     assert b"<title>BiWM" in urllib.request.urlopen(address).read()
+    client = Client(SimpleNamespace(server_address=("127.0.0.1", int(port)), server_port=port))
+    client.ask(record=True)
+    client.ask(step=WALK)
     run.send_signal(2)
     assert run.wait(20) == 0 and run.communicate() == ("", "")
+    (take,) = tmp_path.glob("*.mp4")
+    assert len(iio.imread(take)) == 8 and take.with_suffix(".txt").exists()             # a recording in the making is kept
 
 
 def test_the_bench_says_what_a_player_would_notice(tmp_path, capsys):
@@ -699,6 +714,22 @@ def test_a_thousand_key_events_a_second_change_nothing_but_the_keys(page):
     page.until("window.storm === 0")
     assert page.js("return drawn") - drawn > 4 and page.js("return changes.length") <= 64 and page.js("return waiting.length") <= 1
     assert page.js("return down.size") <= 2 and page.js("return performance.memory.usedJSHeapSize") - before < 2e7
+
+
+def test_the_next_chunk_is_asked_for_while_this_one_plays_and_as_late_as_it_may_be(chromium, toy, monkeypatch):
+    browser, server = chromium
+    monkeypatch.setattr(Toy, "slowness", 0.2)
+    browser("/url", url=f"http://localhost:{toy.server_port}/")
+    browser.until("drawn > 4 && costs.length > 0")
+    browser.js("""window.asked = []; const plain = sample; window.sample = () => {
+        asked.push([due + frames.length * pace() - now(), Math.min(Math.max(...costs) + SLACK, 500)]); return plain(); }""")
+    browser.until("asked.length >= 4 && frames.length > 1")
+    browser.js("set('w', true, now())")
+    browser.until("latencies.length > 0 && asked.length >= 8")
+    left, most, latency = *np.array(browser.js("return asked")).T, browser.js("return latencies[0]")
+    assert (left <= most).all() and np.median(most - left) < 50 and np.median(left) > 150       # the toy needs 200 ms
+    assert 200 < latency < 200 + 500 + 300 and browser.text("label") == "9 forward"
+    browser("/url", url=f"http://localhost:{server.server_port}/")
 
 
 def test_a_page_that_is_too_slow_drops_frames(page):

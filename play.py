@@ -223,7 +223,7 @@ class Config:
     weights: str = ""               # safetensors of its student; empty: the shipped one
     teacher: str = ""               # of its teacher, for the switch on the page; empty: the shipped or official one
     steps: int = 4                  # denoising steps a chunk to begin with
-    seed: int = 13                  # start place and noise to begin with
+    seed: int = 844                 # start place and noise to begin with
     host: str = "127.0.0.1"         # 0.0.0.0 lets other machines in: a phone, say
     port: int = 8000
     out: str = "runs/play"          # where recordings go

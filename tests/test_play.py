@@ -262,8 +262,8 @@ def test_bad_frames_end_the_connection_with_a_code(toy, code, frame):
 
 def test_fragments_are_joined_and_bounded_together(toy):
     client = Client(toy)
-    client.send(b'{"hel', final=False)
-    client.send(b"", opcode=0, final=False)
+    client.send(b"", final=False)
+    client.send(b'{"hel', opcode=0, final=False)
     client.send(b'lo": true}', opcode=0)
     assert client.receive()["backbone"] == "tiny"
     client.send(b" " * 30_000, final=False)
@@ -355,6 +355,7 @@ def test_a_reader_that_never_reads_stops_its_world_and_loses_its_seat(toy, monke
 
 
 def test_silence_loses_the_seat_too(toy, monkeypatch):
+    assert 60 < serve.Handler.timeout < 600                     # a hidden page may speak only once a minute
     monkeypatch.setattr(serve.Handler, "timeout", 0.3)
     client = Client(toy)
     assert seats_free(toy) == play.SEATS and client.file.read() == b""
@@ -439,9 +440,9 @@ def test_a_switch_dreams_on_from_here(tiny):
     assert switched[0] == plain[0] and switched[1][0] == "teacher, 2 steps" and switched[1][1] != plain[1][1]
 
 
-@pytest.mark.parametrize("who, start", [("student", RESET), ("teacher", RESET | {"map": 1, "image": "picture"}),
+@pytest.mark.parametrize("who, start", [("student", RESET | {"seed": 3}), ("teacher", RESET | {"map": 1, "image": "picture"}),
                                         ("student", RESET | {"start": "dream", "prompt": "a green hedge garden"})])
-def test_a_recording_can_be_made_again_by_its_command(tiny, tmp_path, monkeypatch, who, start):
+def test_a_recording_can_be_made_again_by_its_command(tiny, tmp_path, monkeypatch, who, start):     # seed 3 slides along a wall
     if start["image"]:
         file = io.BytesIO()
         Image.fromarray(world.World(2).step([0])[0].numpy()).save(file, "PNG")
@@ -466,8 +467,8 @@ def test_a_recording_can_be_made_again_by_its_command(tiny, tmp_path, monkeypatc
 
 
 def test_a_latent_frame_may_be_several_frames(toy, monkeypatch):
-    monkeypatch.setattr(Toy, "step", lambda self, actions, step=Toy.step: step(self, actions).repeat_interleave(3, 0))
     client = dreaming(toy)
+    monkeypatch.setattr(Toy, "step", lambda self, actions, step=Toy.step: step(self, actions).repeat_interleave(3, 0))
     reply = client.ask(step=[["w"], ["up"], [], ["w", "right"]])
     assert reply["labels"] == [9] * 3 + [1] * 3 + [0] * 3 + [12] * 3 == pixels(reply)[:, 0, 0, 0].tolist()
     assert reply["keys"][3] == ["up"] and len(reply["pictures"]) == 12
@@ -480,6 +481,10 @@ def test_a_recording_has_an_end(toy, monkeypatch):
     client.ask(record=True)
     assert "take" not in client.ask(step=WALK) and "take" in client.ask(step=WALK) and "take" not in client.ask(step=WALK)
     assert client.ask(record=False) == {}
+    for end in ({"reset": RESET}, {"model": "teacher", "steps": 2}, {"record": True}):
+        client.ask(record=True)
+        client.ask(step=WALK)
+        assert "take" in client.ask(**end)
     client.close()
 
 
@@ -650,6 +655,7 @@ def test_pressing_right_turns_the_view_right_as_the_exact_world_does(page):
         pairs.append((bearing(page.view("truth")), bearing(page.view("dream"))))
     truth, dream = (list(column) for column in zip(*pairs))
     assert truth == sorted(truth) and 15 <= max(truth) <= 90                            # to the right, and then still
+    assert not np.array_equal(page.view("truth"), page.view("dream"))
     assert max(dream) > 0 and np.median(np.abs(np.subtract(truth, dream))) <= 2 * world.ANGLE
 
 
@@ -689,6 +695,16 @@ def test_new_seed_new_place(page):
     page.keys("+n", "-n")
     page.until("seed !== world.seed && busy === 0")
     assert np.abs(page.view("truth") - start).mean() > 5
+
+
+def test_a_chunk_that_arrives_after_a_reset_is_forgotten(page):
+    page.js("window.plain ??= decoded; window.decoded = async reply => { "
+            "if (reply.seconds) await new Promise(done => setTimeout(done, 1500)); return plain(reply); }; "
+            "set('w', true, now()); step(); act.reset(); set('w', false, now())")       # decoded later than what came after it
+    page.until("busy === 1 && frames.length === 0")                                     # the reset has been shown
+    page.js("window.decoded = plain")
+    page.until("busy === 0")
+    assert page.js("return frames.every(frame => frame.reply.labels[0] === 0)") and page.text("label") == "0 still"
 
 
 def test_keys_become_one_chord_a_latent_frame(page):

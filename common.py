@@ -72,6 +72,15 @@ def parse(config, argv=None):
         parser.error(str(error))
 
 
+def command_line(config):
+    """The inverse of `parse`: the flags of all fields that differ from their defaults."""
+    changed = [(f.name, getattr(config, f.name)) for f in dataclasses.fields(config)
+               if getattr(config, f.name) != f.default]
+    flags = ([f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+             for name, value in changed)
+    return [word for flag in flags for word in flag]
+
+
 def require_positive(config, *names):
     """ValueError unless each of these fields of `config` is above zero."""
     for name in names:
@@ -138,7 +147,7 @@ def mean_over_ranks(metrics):
     return dict(zip(keys, values.tolist()))
 
 
-# ---- Passes over a finished backbone: its blocks are in the list that `block_list` names ------------------------------
+# ---- Passes over a finished backbone: its blocks are in the list that `block_list` names -----------------------------
 
 # What a block under checkpointing keeps: the results of attention, few bytes for the dearest work.
 KEPT = [getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}").default for kernel in (

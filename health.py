@@ -17,7 +17,7 @@ from control import Condition
 from evaluate import SECOND, START, dream, evaluate, held_out, load_probe, measure, table
 from flow import add_noise, velocity_to_x0
 from model import ASSETS
-from rollout import draw_keys, write_video
+from video import draw_keys, write_video
 
 SEED = 1000                                     # of the held-out sequences and of the noise
 CRITIC_SIGMA = 0.7                              # noise level from which the critic restores what the student dreamt

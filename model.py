@@ -1,9 +1,9 @@
 """The video diffusion transformers, each behind one forward: velocity of noisy latents, with one noise level per frame.
 
 Wan2.1-T2V-1.3B and Wan2.2-TI2V-5B (Wan, arXiv:2503.20314) share one architecture; `tiny` and `small` are the same code
-at the size of the embedded world. HunyuanVideo-1.5-8B (arXiv:2511.18870) is a double-stream transformer, LTX-2.3-22B the
-video tower of an audio-video model (arXiv:2601.03233). Parameter names are those of the official checkpoints, so
-loading is strict and needs no key map; what this project adds lives under `control.`.
+at the size of the embedded world. HunyuanVideo-1.5-8B (arXiv:2511.18870) is a double-stream transformer,
+LTX-2.3-22B the video tower of an audio-video model (arXiv:2601.03233). Parameter names are those of the official
+checkpoints, so loading is strict and needs no key map; what this project adds lives under `control.`.
 
     python model.py wan2.2-5b            # sizes, tokens and operations of a preset, nothing allocated
 """
@@ -169,7 +169,7 @@ FASTEST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EF
 
 
 def attention(q, k, v, mask=None):
-    """Softmax attention [B, heads, N, d] by the first kernel of FASTEST that can; on Hopper cuDNN is 1.6 times flash."""
+    """Softmax attention [B, heads, N, d] by the first kernel of FASTEST that can; on Hopper cuDNN is 1.6x flash."""
     with sdpa_kernel(FASTEST, set_priority=True) if q.is_cuda else contextlib.nullcontext():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
@@ -572,7 +572,7 @@ class LTXAttention(nn.Module):
         self.to_gate_logits, self.to_out = nn.Linear(dim, heads), nn.Sequential(nn.Linear(dim, dim))
 
     def forward(self, x, context=None, rope=None, sentences=None, branch=None):         # [B, N, D], [B, S, D]
-        keys = lambda context: (split(self.k_norm(self.to_k(context)), self.heads), split(self.to_v(context), self.heads))
+        keys = lambda kv: (split(self.k_norm(self.to_k(kv)), self.heads), split(self.to_v(kv), self.heads))
         q, (k, v) = split(self.q_norm(self.to_q(x)), self.heads), keys(x if context is None else context)
         added = 0.0 if branch is None else inject.prope(q, k, v, branch, attention)     # [B, N, D]
         if rope is not None:
@@ -735,7 +735,8 @@ def load(name, source=None, device="cpu", dtype=torch.float32, control=None, par
         return nvfp4.load(model, files, device, dtype)
     expected, doubt = {key: list(p.shape) for key, p in model.state_dict().items()}, f"is it a checkpoint of {name}?"
     missing, surplus = [key for key in expected if key not in stored], [key for key in stored if key not in expected]
-    differs = [f"{source} has {how} {listed(keys)}" for how, keys in (("no tensor", missing), ("surplus", surplus)) if keys]
+    differs = [f"{source} has {how} {listed(keys)}"
+               for how, keys in (("no tensor", missing), ("surplus", surplus)) if keys]
     if differs and not partial:
         raise ValueError(f"{'; '.join(differs)}; {doubt} partial=True (--init_partial) takes what fits")
     if differs and rank() == 0:
@@ -835,7 +836,8 @@ def save(model, path, dtype=torch.bfloat16, weights=None, **notes):
 def wan_macs(p, D, T, N, S):
     """Multiply-adds of linear layers; query-key pairs of self-attention, and of attention to or among S text tokens."""
     block = N * (6 * D ** 2 + 2 * D * p.ffn) + S * 2 * D ** 2
-    ends = N * 2 * p.channels * math.prod(p.patch) * D + S * (p.text_dim * D + D ** 2) + T * (p.freq_dim * D + 7 * D ** 2)
+    ends = N * 2 * p.channels * math.prod(p.patch) * D
+    ends += S * (p.text_dim * D + D ** 2) + T * (p.freq_dim * D + 7 * D ** 2)
     return p.layers * block + ends, p.layers * N ** 2, p.layers * N * S
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common import (EMA, Run, compile_blocks, derive, descend, load_checkpoint, one_line_errors, parse, provenance, rank,
-                    require_positive, reseed, save_checkpoint, setup, shutdown)
+from common import (EMA, Run, compile_blocks, derive, descend, load_checkpoint, one_line_errors, parse, provenance,
+                    rank, require_positive, reseed, save_checkpoint, setup, shutdown)
 from control import NO_ACTION, Condition, Control, attach
 from data import WorldStream
 from encode import codec

@@ -1,17 +1,20 @@
 """The rollout: causal in actions, one gradient step a chunk, none through history, the same for training and inference."""
 
 import random
+import zlib
 from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 import world
 from control import Condition, Control
 from encode import codec
 from flow import schedule
 from model import build
-from rollout import Plan, WorldModel, draw_plan, few_step, guided, ode, rollout, self_rollout, velocity_of
+from rollout import Plan, WorldModel, draw_plan, few_step, guided, ode, rollout, self_rollout, velocity_of, walk
+from video import read_picture
 
 SIGMAS = schedule(4, 3.0)
 
@@ -203,9 +206,17 @@ def test_gradient_is_in_the_loss_window_alone_and_history_is_what_inference_make
 # ---- WorldModel ------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
-def playable():
+def network():
     torch.manual_seed(0)
-    return WorldModel(build("tiny", layers=1))
+    network = build("tiny", layers=1)
+    for p in (network.head.head.weight, network.control.translation, network.control.rotation):
+        torch.nn.init.normal_(p, std=0.3)
+    return network
+
+
+@pytest.fixture(scope="module")
+def playable(network):
+    return WorldModel(network)
 
 
 def test_same_seed_and_actions_give_the_same_frames(playable):
@@ -224,6 +235,69 @@ def test_a_world_can_be_dreamt_from_words_alone(playable):
     for _ in range(4):
         playable.step([9] * 4)
     assert playable.latents.shape[2] <= playable.spec.window                            # memory does not grow
+
+
+def test_a_state_can_be_gone_back_to_as_often_as_one_likes(playable):
+    playable.reset(world.CAPTIONS[1], world.World(1).step([0]), seed=5)
+    playable.step([9] * 4)
+    here = playable.state()
+    futures = []
+    for actions in ([9] * 4, [3] * 4, [9] * 4):
+        futures.append(torch.cat([playable.step(actions), playable.step([0, 12])]))
+        playable.restore(here)
+    assert torch.equal(futures[0], futures[2]) and not torch.equal(futures[0], futures[1])
+    other = WorldModel(build("tiny", layers=1), steps=4)                                # a teacher dreams on, say
+    other.restore(here)
+    assert other.step([9] * 4).shape == (4, 64, 96, 3) and torch.equal(playable.step([9] * 4), futures[0][:4])
+
+
+def test_world_models_over_one_network_do_not_disturb_each_other(network, playable):
+    first, other = world.World(1).step([0]), WorldModel(network, steps=2)
+
+    def frames(disturbed):
+        playable.reset(world.CAPTIONS[1], first, seed=5)
+        out = []
+        for actions in ([9] * 4, [3] * 4):
+            if disturbed:
+                other.reset(world.CAPTIONS[2], seed=len(out))
+            out.append(playable.step(actions))
+        return torch.cat(out)
+    assert torch.equal(frames(False), frames(True))
+
+
+def test_a_refused_start_leaves_the_dream_as_it_was(playable):
+    first = world.World(1).step([0])
+
+    def frames(*refused):
+        playable.reset(world.CAPTIONS[1], first, seed=5)
+        for prompt, start, actions in refused:
+            with pytest.raises(ValueError):
+                playable.reset(prompt, start, 7, actions)
+        return playable.step([9] * 4)
+    assert torch.equal(frames(), frames(("a red dragon", None, None), ("", first[:, :32], None), ("", first, [0, 0]), ("", first, [81])))
+
+
+def test_a_picture_starts_a_dream_if_it_fits(playable, tmp_path):
+    frame = world.World(2).step([0])[0].numpy()
+    for size, name in (((96, 64), "right.png"), ((64, 96), "turned.png")):
+        Image.fromarray(frame).resize(size).save(tmp_path / name)
+    assert torch.equal(read_picture(tmp_path / "right.png", playable.spec)[0], torch.tensor(frame))
+    with pytest.raises(ValueError, match="96x64 pixels, not 64x96"):
+        read_picture(tmp_path / "turned.png", playable.spec)
+    header = b"IHDR" + (60_000).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
+    bomb = b"\x89PNG\r\n\x1a\n" + bytes([0, 0, 0, 13]) + header + zlib.crc32(header).to_bytes(4, "big")
+    (tmp_path / "bomb.png").write_bytes(bomb + bytes([0, 0, 0, 0]) + b"IDAT" + zlib.crc32(b"IDAT").to_bytes(4, "big"))
+    with pytest.raises(ValueError, match="not a picture: Image size"):
+        read_picture(tmp_path / "bomb.png", playable.spec)
+
+
+def test_the_exact_world_is_walked_by_the_keys_and_told_of_as_it_happened():
+    place, asked = world.World(0), torch.full((12,), 9)
+    place.reset(seed=3)
+    start = place.state.clone()
+    happened, views = walk(place, asked)
+    assert happened.tolist() == [9] * 2 + [36] * 10                                     # it slid along a wall
+    assert torch.equal(views, place.frames(start, asked)) and torch.equal(place.render(world.pose(place.state)[None])[0], views[-1])
 
 
 def test_bad_input_is_named(playable):

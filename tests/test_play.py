@@ -701,13 +701,17 @@ def test_new_seed_new_place(page):
 
 
 def test_a_chunk_that_arrives_after_a_reset_is_forgotten(page):
-    page.js("window.plain ??= decoded; window.decoded = async reply => { "
-            "if (reply.seconds) await new Promise(done => setTimeout(done, 1500)); return plain(reply); }; "
-            "set('w', true, now()); step(); act.reset(); set('w', false, now())")       # decoded later than what came after it
-    page.until("busy === 1 && frames.length === 0")                                     # the reset has been shown
-    page.js("window.decoded = plain")
+    page.js("act.pause()")
     page.until("busy === 0")
-    assert page.js("return frames.every(frame => frame.reply.labels[0] === 0)") and page.text("label") == "0 still"
+    page.js("""const plain = decoded; let arrive; const late = new Promise(done => arrive = done);
+        window.decoded = async reply => { if (reply.seconds) await late; return plain(reply); };
+        window.release = () => { window.decoded = plain; arrive(); };
+        set('w', true, now()); step(); act.reset(); set('w', false, now());""")
+    page.until("busy === 1 && frames.length === 3")                                     # the reset has been shown
+    page.js("release()")                                                                # and now its predecessor arrives
+    page.until("busy === 0")
+    assert page.js("return frames.length") == 3 and page.js("return frames.every(frame => frame.reply.labels[0] === 0)")
+    page.js("act.pause()")
 
 
 def test_keys_become_one_chord_a_latent_frame(page):

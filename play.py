@@ -16,7 +16,6 @@ import os
 import random
 import re
 import shlex
-import statistics
 import time
 import webbrowser
 from concurrent.futures import ThreadPoolExecutor
@@ -75,7 +74,7 @@ class Session:
         """What the page has to know; a paused page asks for it as a sign of life."""
         return {"size": self.spec.size[:0:-1], "fps": self.spec.fps, "chunk": self.spec.chunk, "maps": self.maps,
                 "stride": self.spec.stride[0], "backbone": self.spec.name, "device": str(self.server.device),
-                "guidance": self.spec.guidance, "steps": self.server.cfg.steps, "seed": self.server.cfg.seed}
+                "steps": self.server.cfg.steps, "seed": self.server.cfg.seed}
 
     def switch(self, who, steps):
         """Let the student or its guided teacher, at other steps, dream on from here."""
@@ -143,6 +142,8 @@ class Session:
             return {}
         video, self.video = self.video, None
         video.close()
+        if not self.asked:                                      # it ended before anything happened
+            return self.path.unlink() or {}
         take = replace(self.take, actions=format_actions([0, *self.asked]))
         command = shlex.join(["python", "rollout.py", *command_line(take)]).replace(f"{ROOT}/", "")
         self.path.with_suffix(".txt").write_text(command + "\n")
@@ -177,8 +178,7 @@ class Handler(serve.Handler):
     def converse(self):
         """A session: greet, then answer one request after another."""
         session = self.server.run(partial(Session, self.server))
-        _, height, width = session.spec.size
-        reply, limit = session.greeting, 4 * height * width + 2 ** 14                   # room for a picture in base64
+        reply, limit = session.greeting, 4 * session.spec.size[1] * session.spec.size[2] + 2 ** 14  # picture as base64
         try:
             while True:
                 self.send(json.dumps(reply).encode())
@@ -211,10 +211,10 @@ def bench(server, seconds):
         shown = max(due, time.perf_counter())
         latencies, changed = latencies + [shown - t for t in changed], []
         due, chunks = shown + frames / spec.fps, chunks + 1
-    median, late = statistics.median(latencies), sorted(latencies)[int(0.95 * len(latencies))]
-    print(f"{chunks * frames / (due - begin):.2f} of {spec.fps:g} frames a second for {due - begin:.0f} s; "
-          f"action to photon {1000 * median:.0f} ms median, {1000 * late:.0f} ms at 95 % of {len(latencies)}; "
-          f"generation {frames / statistics.median(costs):.1f} frames a second")
+    ms = sorted(round(1000 * t) for t in latencies)
+    print(f"{chunks * frames / (due - begin):.2f} of {spec.fps:g} frames a second for {due - begin:.0f} s; action to "
+          f"photon {ms[len(ms) // 2]} ms median, {ms[len(ms) * 95 // 100]} ms at 95 % of {len(ms)}; "
+          f"generation {frames / sorted(costs)[chunks // 2]:.1f} frames a second")
 
 
 @dataclass(frozen=True)

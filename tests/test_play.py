@@ -480,7 +480,8 @@ def test_a_recording_has_an_end(toy, monkeypatch):
     client = Client(toy)
     client.ask(record=True)
     assert "take" not in client.ask(step=WALK) and "take" in client.ask(step=WALK) and "take" not in client.ask(step=WALK)
-    assert client.ask(record=False) == {}
+    client.ask(record=True)
+    assert client.ask(record=False) == client.ask(record=False) == {} and len([*Path(toy.cfg.out).iterdir()]) == 2
     for end in ({"reset": RESET}, {"model": "teacher", "steps": 2}, {"record": True}):
         client.ask(record=True)
         client.ask(step=WALK)
@@ -660,8 +661,10 @@ def test_pressing_right_turns_the_view_right_as_the_exact_world_does(page):
 
 
 def test_reset_begins_again_even_when_paused_and_pause_stands_still(page):
+    page.js("act.pause(); act.reset()")
+    page.until("busy === 0")
     start = page.view()
-    page.keys("+w", 1200, "-w")
+    page.keys("+space", "-space", "+w", 1200, "-w")
     page.until("drawn > 0 && $('label').textContent.startsWith('9 ')")
     page.keys("+space", "-space")
     assert page.text("status") == page.text("veil") == "paused"
@@ -698,13 +701,17 @@ def test_new_seed_new_place(page):
 
 
 def test_a_chunk_that_arrives_after_a_reset_is_forgotten(page):
-    page.js("window.plain ??= decoded; window.decoded = async reply => { "
-            "if (reply.seconds) await new Promise(done => setTimeout(done, 1500)); return plain(reply); }; "
-            "set('w', true, now()); step(); act.reset(); set('w', false, now())")       # decoded later than what came after it
-    page.until("busy === 1 && frames.length === 0")                                     # the reset has been shown
-    page.js("window.decoded = plain")
+    page.js("act.pause()")
     page.until("busy === 0")
-    assert page.js("return frames.every(frame => frame.reply.labels[0] === 0)") and page.text("label") == "0 still"
+    page.js("""const plain = decoded; let arrive; const late = new Promise(done => arrive = done);
+        window.decoded = async reply => { if (reply.seconds) await late; return plain(reply); };
+        window.release = () => { window.decoded = plain; arrive(); };
+        set('w', true, now()); step(); act.reset(); set('w', false, now());""")
+    page.until("busy === 1 && frames.length === 3")                                     # the reset has been shown
+    page.js("release()")                                                                # and now its predecessor arrives
+    page.until("busy === 0")
+    assert page.js("return frames.length") == 3 and page.js("return frames.every(frame => frame.reply.labels[0] === 0)")
+    page.js("act.pause()")
 
 
 def test_keys_become_one_chord_a_latent_frame(page):
@@ -782,10 +789,9 @@ def test_a_lost_connection_is_said_and_made_again(page):
 
 
 @pytest.mark.parametrize("width, height", [(1280, 800), (390, 844)])
-def test_the_page_fits(chromium, page, width, height):
-    browser, _ = chromium
-    browser.js("0")
-    browser("/goog/cdp/execute", cmd="Emulation.setDeviceMetricsOverride",
-            params={"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500})
-    assert browser.js("return [innerWidth, document.documentElement.scrollWidth]") == [width, width]
-    assert browser.js("return document.documentElement.scrollHeight") <= height
+def test_the_page_fits(page, tmp_path, width, height):
+    page("/goog/cdp/execute", cmd="Emulation.setDeviceMetricsOverride",
+         params={"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500})
+    page.screenshot(tmp_path / f"{width}.png")                  # to be looked at
+    assert page.js("return [innerWidth, document.documentElement.scrollWidth]") == [width, width]
+    assert page.js("return document.documentElement.scrollHeight") <= height

@@ -347,6 +347,7 @@ def checkpoint_blocks(model):
 
 def compile_blocks(model):
     """Compile each transformer block in place; all share one compilation per shape. What stays eager is small."""
+    torch._dynamo.config.recompile_limit = 64           # window lengths x with and without gradient x adapters at work
     for block in getattr(model, model.block_list):
         block.compile(dynamic=False)
     return model

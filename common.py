@@ -22,8 +22,7 @@ from types import MethodType
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
-from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
+import torch.distributed.checkpoint.state_dict as dsd
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from tqdm import tqdm
 
@@ -172,6 +171,7 @@ def checkpoint_blocks(model, keep_attention=True):
 
 def compile_blocks(model, **options):
     """Compile each transformer block in place; all share one compilation per shape. What stays eager is small."""
+    torch._dynamo.config.recompile_limit = 64           # window lengths x with and without gradient x adapters at work
     for block in getattr(model, model.block_list):
         block.compile(dynamic=False, **options)
     return model
@@ -321,17 +321,17 @@ def load_checkpoint(folder, stop, modules, optimizers, averages):
     except (dcp.api.CheckpointException, RuntimeError) as error:
         raise OSError(f"{found[-1]} is damaged ({str(error).splitlines()[0]}); delete it and start again") from None
     for name, module in modules.items():
-        set_model_state_dict(module, state["modules"][name])
+        dsd.set_model_state_dict(module, state["modules"][name])
     for name, optimizer in optimizers.items():
-        set_optimizer_state_dict(modules[name], optimizer, state["optimizers"][name])
+        dsd.set_optimizer_state_dict(modules[name], optimizer, state["optimizers"][name])
     for name, ema in averages.items():
         ema.average = state["averages"][name]
     return int(found[-1].name[-8:])
 
 
 def _state(modules, optimizers, averages):
-    return {"modules": {k: get_model_state_dict(m) for k, m in modules.items()},
-            "optimizers": {k: get_optimizer_state_dict(modules[k], o) for k, o in optimizers.items()},
+    return {"modules": {k: dsd.get_model_state_dict(m) for k, m in modules.items()},
+            "optimizers": {k: dsd.get_optimizer_state_dict(modules[k], o) for k, o in optimizers.items()},
             "averages": {k: e.average for k, e in averages.items()}}
 
 

@@ -96,8 +96,7 @@ class RandomStream:
 
     def text(self, prompts):
         """The same random states for any prompt, in the shape that a text encoder gives them."""
-        shape = 1, min(self.spec.text_len, 512), self.spec.text_dim
-        states = torch.randn(shape, generator=generator(self.seed, "text"))
+        states = torch.randn(1, self.spec.text_len, self.spec.text_dim, generator=generator(self.seed, "text"))
         return {"text": states.expand(len(prompts), -1, -1).to(self.device)}
 
     def batch(self, step, size, frames):

@@ -49,8 +49,8 @@ def dmd_gradient(teacher, critic, x0, cond, null, sigma, guidance, mask, noise):
     grad = (fake - real) / weight[:, None, None, None, None] * mask[:, None, :, None, None]
     bad = ~grad.isfinite().flatten(1).all(1)
     if bad.any():
-        raise FloatingPointError(f"the DMD gradient of samples {bad.nonzero()[:, 0].tolist()} is not finite; noise "
-                                 f"levels {sigma.amax(1)[bad].tolist()}, normalisers {weight[bad].tolist()}")
+        raise FloatingPointError(f"the DMD gradient of samples {bad.nonzero()[:, 0].tolist()} is not finite; "
+                                 f"noise levels {sigma.amax(1)[bad].tolist()}, normalisers {weight[bad].tolist()}")
     return grad
 
 

@@ -239,13 +239,13 @@ COLUMNS = ("translation 1s", "rotation 1s", "both 1s", "both all", "frechet", "s
            "psnr 0.5s", "psnr 1s", "psnr 2s", "psnr 4s", "still", "ms a chunk")
 
 
-def table(results):
+def table(results, columns=COLUMNS):
     """Markdown: a row per sampler, value and half-width of the 95 % interval."""
     def cell(figure):
         value, low, high = figure
         return f"{value:.3g} ±{(high - low) / 2:.2g}" if high > low else f"{value:.3g}"
-    rows = [" | ".join([name, *(cell(row[c]) if c in row else "-" for c in COLUMNS)]) for name, row in results.items()]
-    return "\n".join(["| sampler | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|",
+    rows = [" | ".join([name, *(cell(row[c]) if c in row else "-" for c in columns)]) for name, row in results.items()]
+    return "\n".join(["| sampler | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|",
                       *(f"| {row} |" for row in rows)])
 
 

@@ -1,22 +1,29 @@
-"""Is a stage-2 run well? Statistics against real data at every update, validation now and then, curves.
+"""Is a stage-2 run well? Statistics against real data at every update, validation now and then; its students at length.
 
 The statistics are of latents, so that they cost little with any backbone. Validation has fixed seeds: successive
 figures and pictures of a run, and those of other runs, compare.
+
+    python health.py --students runs/a/student.safetensors,runs/b/student.safetensors --seconds 60
 """
 
 import json
 import math
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 
 import world
-from common import generator, mean_over_ranks
+from common import generator, mean_over_ranks, one_line_errors, parse, provenance, require_positive, setup
 from control import Condition
-from evaluate import SECOND, START, dream, evaluate, held_out, load_probe, measure, table
+from data import Trips
+from encode import codec
+from evaluate import (SECOND, START, bootstrap, dream, evaluate, frechet, held_out, load_probe, measure, samplers_of,
+                      table)
 from flow import add_noise, velocity_to_x0
-from model import ASSETS
+from model import ASSETS, load
 from video import draw_keys, write_video
 
 SEED = 1000                                     # of the held-out sequences and of the noise
@@ -176,7 +183,8 @@ def curves(folder):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    names = dict.fromkeys(k for line in lines for k in line if k not in ("step", "seconds") and "updates" not in k)
+    counters = "step", "seconds", "student_updates", "critic_updates", "rollouts"
+    names = dict.fromkeys(k for line in lines for k in line if k not in counters)
     figure, axes = plt.subplots(4, (len(names) + 3) // 4, figsize=(14, 9), squeeze=False, layout="constrained")
     for axis, name in zip(axes.flat, names):
         points = [(line["step"], line[name]) for line in lines if name in line]
@@ -185,3 +193,92 @@ def curves(folder):
         axis.grid(alpha=0.3)
     figure.savefig(folder / "curves.png", dpi=110)
     plt.close(figure)
+
+
+# ---- Students at length: drift by ten seconds, diversity over seeds --------------------------------------------------
+
+TEN = 10 * SECOND
+FIELD = 2 * math.degrees(math.atan(0.5 / world.FOCAL))                                  # of view in degrees, horizontal
+SHOWN = ("both all", "frechet", "sharpness", "motion", "saturation", "seam", "psnr 1s", "psnr 2s", "psnr 4s",
+         "diversity")
+
+
+def saturation(video):
+    """[N, T] mean difference of the largest and smallest of the three colours: over-exposure changes it."""
+    return (video.amax(-1).float() - video.amin(-1).float()).mean((2, 3))
+
+
+def drift(video, truth, trips, probe):
+    """{seconds: figures} of each ten seconds of `video`, against the same ten of `truth`."""
+    rows = {}
+    for a in range(0, video.shape[1] - START, TEN):
+        part = slice(a, a + START + TEN)                                                # measure() skips START frames
+        made, real = video[:, part], truth[:, part]
+        when = Trips(trips.maps, *(x[:, part] for x in list(vars(trips).values())[1:]))
+        ours, theirs = (probe.read(x)[1][:, START - 1:] for x in (made, real))          # [N, TEN, 128]
+        ratio = lambda i: float(saturation(made[i])[:, START:].mean() / saturation(real[i])[:, START:].mean())
+        rows[f"{a // SECOND}-{(a + made.shape[1] - START) // SECOND} s"] = {
+            **measure(made, real, when, probe), "saturation": bootstrap(ratio, len(made), 50),
+            "frechet": bootstrap(lambda i: frechet(ours[i].flatten(0, 1), theirs[i].flatten(0, 1)), len(made), 50)}
+    return rows
+
+
+def unseen(yaw, width):
+    """[N, T, W] the columns of a picture that look past what the START frames showed, for headings `yaw` [N, T]."""
+    ray = torch.rad2deg(torch.atan(((torch.arange(width) + 0.5) / width - 0.5) / world.FOCAL))
+    turned = yaw[:, :, None, None] - yaw[:, None, :START, None] + ray                   # [N, T, START, W]
+    return (((turned + 180) % 360 - 180).abs() > FIELD / 2).all(2)
+
+
+def diversity(sampler, coder, trips, truth, seeds):
+    """Standard deviation over `seeds` of what is dreamt where the start shows nothing."""
+    where = unseen(trips.states[:, :, 2], truth.shape[3])
+    spread = torch.stack([dream(sampler, coder, trips, truth, SEED + i) for i in range(seeds)]).float().std(0)
+    spread = spread.mean((2, 4)) * where                                                # [N, T, W]
+    return bootstrap(lambda i: float(spread[i].sum() / where[i].sum()), len(truth))
+
+
+@dataclass(frozen=True)
+class Config:
+    """Students over long rollouts, by ten seconds, and their diversity over seeds relative to the teacher's."""
+    backbone: str = "tiny"      # a preset with the tiny codec
+    teacher: str = ""           # stage-1 weights; empty: the shipped teacher
+    students: str = ""          # stage-2 weights, separated by commas; empty: the shipped student
+    clips: int = 64             # held-out sequences
+    seconds: int = 60           # length of a rollout
+    seeds: int = 4              # dreams of the same four seconds, for diversity
+    out: str = ""               # write the figures as JSON
+
+    def __post_init__(self):
+        require_positive(self, "clips", "seconds")
+        if self.seeds < 2:
+            raise ValueError(f"--seeds must be 2 or more for a spread, got {self.seeds}")
+
+
+def main(cfg):
+    device = setup()
+    with one_line_errors():
+        probe, coder, teacher = load_probe(device), codec(cfg.backbone, device), load(cfg.backbone, cfg.teacher, device)
+        files = cfg.students.split(",") if cfg.students else [ASSETS / f"{cfg.backbone}-student.safetensors"]
+        students = {str(file): load(cfg.backbone, file, device) for file in files}
+        if cfg.out:
+            Path(cfg.out).touch()
+    long, short = held_out(cfg.clips, SEED, cfg.seconds * SECOND), held_out(cfg.clips, SEED)
+    truth, view = long.video(device).cpu(), short.video(device).cpu()
+    coded, results = coder.decode(coder.encode(truth)), {}
+    guided, *_ = samplers_of(teacher, None, teacher.spec.guidance)
+    reference = diversity(guided, coder, short, view, cfg.seeds)
+    for name, model in students.items():
+        sampler = samplers_of(teacher, model, 1.0)[2]
+        rows = drift(dream(sampler, coder, long, truth, SEED), coded, long, probe)
+        spread = diversity(sampler, coder, short, view, cfg.seeds)
+        next(iter(rows.values()))["diversity"] = [x / reference[0] for x in spread]     # of the first four seconds
+        results |= {f"{name}, {when}": row for when, row in rows.items()}
+        print(f"\n{cfg.clips} held-out sequences\n{table(results, SHOWN)}")
+        if cfg.out:
+            report = {"settings": vars(cfg), **provenance(), "rows": results}
+            Path(cfg.out).write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(parse(Config))

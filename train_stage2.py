@@ -213,12 +213,15 @@ def main(cfg):
                 if rank() == 0:
                     side_by_side(run.folder / f"validation-{updates:06d}.mp4", coder, shown, sampler, nets)
             better = health.improves(metrics["val_frechet"])
-        run.log(step, student_updates=updates, critic_updates=(step + 1) * cfg.critic_steps, **metrics)
+        if device.type == "cuda":
+            metrics["peak_gib"] = torch.cuda.max_memory_allocated() / 2 ** 30
+        run.log(step, student_updates=updates, critic_updates=(step + 1) * cfg.critic_steps,
+                rollouts=(step + 1) * cfg.accumulate, **metrics)
 
         sick = cfg.health and health.outside >= cfg.patience
         if cfg.health and health.outside == 1 and rank() == 0:
             run.bar.write(f"warning, update {updates}: {'; '.join(health.complaints())}")
-        due = (step + 1) % cfg.save_every == 0 or step + 1 == last or sick
+        due = cfg.teacher != "random" and ((step + 1) % cfg.save_every == 0 or step + 1 == last or sick)
         for folder in [run.folder] * bool(due) + [best] * better:
             if rank() == 0:                     # before the checkpoint: a complete one never lacks its weights
                 folder.mkdir(exist_ok=True)

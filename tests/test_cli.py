@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import common
 import evaluate
+import health
 import play
 import rollout
 import train_stage1
@@ -150,20 +151,24 @@ def test_two_processes_average_their_gradients(tmp_path):
 
 def test_two_processes_train(trained, tmp_path):
     run(*TORCHRUN, "--nproc_per_node", 2, "train_stage2.py", *STAGE2, "--out", tmp_path / "run", "--teacher",
-        trained / "one" / "teacher.safetensors")
+        trained / "one" / "teacher.safetensors", "--tune", "lora", "--gan", 0.01, "--accumulate", 2)
     assert len(losses(tmp_path / "run")) == 4
 
 
 BAD = [("train_stage1.py", ["--stepz", "3"], "--stepz"), ("train_stage1.py", ["--step", "3"], "--step"),
        ("train_stage1.py", ["--steps", "0"], "--steps must be above 0"), ("train_stage1.py", ["--frames", "-4"], "--frames"),
        ("train_stage1.py", ["--batch", "two"], "--batch"), ("train_stage1.py", ["--backbone", "wan3"], "unknown backbone 'wan3'"),
-       ("train_stage2.py", ["--sigma_low", "0.99"], "--sigma_low"), ("train_stage2.py", ["--frames", "99"], "--frames"),
+       ("train_stage2.py", ["--sigma_low", "0.99"], "--sigma_low"), ("train_stage2.py", ["--frames", "7"], "--frames"),
+       ("train_stage2.py", ["--tune", "half"], "--tune is full or lora"), ("train_stage2.py", ["--gan", "-1"], "--gan must not"),
+       ("train_stage2.py", ["--teacher_fkl", "1", "--denoise", "1"], "--denoise 2"),
+       ("train_stage2.py", ["--teacher", "random"], "--preview 0"),
        ("train_stage2.py", ["--teacher", "/nowhere.safetensors"], "/nowhere.safetensors does not exist"),
        ("train_stage2.py", ["--teacher", "README.md"], "not a complete safetensors file"),
        ("train_stage2.py", ["--out", "/proc/nothing"], "cannot write to --out /proc/nothing"),
        ("rollout.py", ["--actions", "w-3, q-2"], "column 6"), ("rollout.py", ["--out", "walk.txt"], ".mp4 or .gif"),
        ("rollout.py", ["--weights", "/gone.safetensors"], "/gone.safetensors"), ("rollout.py", ["--steps", "0"], "--steps"),
        ("rollout.py", ["--out", "/proc/walk.mp4"], "/proc/walk.mp4"),
+       ("health.py", ["--students", "/gone.safetensors"], "/gone.safetensors does not exist"),
        ("evaluate.py", ["--clips", "0"], "--clips must be above 0"), ("rollout.py", ["--map", "7"], "0..3"), ("rollout.py", ["--image", "/gone.png"], "/gone.png"),
        ("rollout.py", ["--image", "assets/play.png", "--truth"], "no --image")]
 
@@ -188,8 +193,9 @@ def test_a_checkpoint_of_another_preset_is_refused(trained, tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())                                                 # before anything was written
 
 
-@pytest.mark.parametrize("module", [train_stage1, train_stage2, evaluate, rollout, play])
-def test_every_setting_is_read(module):
+@pytest.mark.parametrize("module", [train_stage1, train_stage2, evaluate, rollout, play, health])
+def test_every_setting_is_read_and_there_are_not_too_many(module):
+    assert len(module.Config.__dataclass_fields__) <= 45
     source = Path(module.__file__).read_text()
     for field in module.Config.__dataclass_fields__:
         assert re.search(rf"cfg\.{field}\b", source), f"{module.__name__}.Config.{field} is read nowhere"

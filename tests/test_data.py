@@ -5,8 +5,9 @@ import torch
 
 import world
 from common import generator
-from data import Trips, WorldStream
+from data import RandomStream, Trips, WorldStream
 from encode import codec
+from model import PRESETS
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +71,13 @@ def test_bad_lengths_are_named(coder):
         stream(coder).batch(0, 1, 11)
     with pytest.raises(ValueError, match="a pool needs"):
         stream(coder, pool=0)
+
+
+def test_random_clips_have_the_shape_of_the_backbone_and_differ_by_step():
+    spec = PRESETS["wan2.1-1.3b"]
+    stream = RandomStream(spec, 0, "cpu")
+    first, again, other = (stream.batch(step, 2, 3) for step in (0, 0, 1))
+    assert first.x0.shape == (2, 16, 3, 60, 104) and torch.equal(first.x0, again.x0)
+    assert not torch.equal(first.x0, other.x0)
+    assert first.condition.text["text"].shape == (2, 512, 4096)
+    assert 0 <= first.condition.control.actions.min() and first.condition.control.actions.max() < 81

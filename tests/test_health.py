@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+import evaluate
 import health
-from common import EMA
+from common import EMA, parse
 from encode import codec
 from evaluate import Sampler
-from health import Health, averaged, compare, critic_by_sigma, curves, figures, side_by_side, statistics
+from health import Health, averaged, critic_by_sigma, curves, figures, side_by_side, statistics
 from model import build
 from rollout import velocity_of
 
@@ -26,14 +27,15 @@ def test_statistics_of_a_known_clip():
     new = rise.cumsum(0)[2:]
     assert figures["std"] == pytest.approx(float(new.repeat(120).std()), rel=1e-5)
     assert figures["saturation"] == new.max()                                           # of 8 levels, the top hundredth
-    assert "seam" not in statistics(x[:, :, :4], 0, 4)                                  # one chunk from nothing: no border
+    assert "seam" not in statistics(x[:, :, :4], 0, 4)                                  # one chunk, no border
     x = torch.randn(1, 1, 100, 10, 10, generator=torch.Generator().manual_seed(0))
     assert statistics(x, 0, 4)["saturation"] == pytest.approx(2.576, abs=0.1)           # 99 % of |N(0, 1)|
 
 
 def test_the_critics_error_is_sorted_by_noise_level():
-    errors = [(torch.tensor([1.0, 2.0]), torch.tensor([0.1, 0.9])), (torch.tensor([5.0, 4.0]), torch.tensor([0.2, 1.0]))]
-    assert critic_by_sigma(errors) == {"critic_0.00": 3.0, "critic_0.75": 3.0}          # empty bins are not made up
+    error, sigma = torch.tensor([[1.0, 2.0], [5.0, 4.0]]), torch.tensor([[0.1, 0.9], [0.2, 1.0]])
+    means = critic_by_sigma(list(zip(error, sigma)))
+    assert means == {"critic_0.00": 3.0, "critic_0.75": 3.0}                            # empty bins are not made up
 
 
 def look(made, real):
@@ -44,7 +46,7 @@ def test_the_band_is_that_of_the_real_data():
     watch, g = Health(3.0), torch.Generator().manual_seed(0)
     draw = lambda mean: mean + 0.2 * float(torch.randn((), generator=g))
     for _ in range(60):
-        ratios = watch.update(look(draw(1.3), draw(1.0)))                               # 1.5 spreads off: a common sight
+        ratios = watch.update(look(draw(1.3), draw(1.0)))                               # 1.5 spreads off
     assert watch.outside == 0 and ratios["std"] == pytest.approx(1.3, abs=0.15) and ratios["motion"] == 1
     assert "seam" not in ratios
     steps = 0
@@ -86,13 +88,20 @@ def test_averaged_weights_are_lent_and_given_back():
     assert torch.equal(layer.weight, first + 1)
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """Intervals are tested elsewhere and cost most of the time."""
+    for module in (evaluate, health):
+        monkeypatch.setattr(module, "bootstrap", lambda figure, count, draws=0: [figure(torch.arange(count))] * 3)
+
+
 @pytest.fixture(scope="module")
 def sampler():
     torch.manual_seed(0)
     return Sampler("student, 1 steps", build("tiny", layers=1, dim=24, heads=2, ffn=32), 1, 1.0, False)
 
 
-def test_validation_is_the_same_at_every_call(sampler):
+def test_validation_is_the_same_at_every_call(sampler, quick):
     first, again = (figures(sampler, codec("tiny"), 3) for _ in range(2))
     assert first == again and first.keys() == {"val_frechet", "val_sharpness", "val_moving", "val_control"}
 
@@ -106,10 +115,51 @@ def test_truth_teacher_student_and_critic_stand_side_by_side(sampler, tmp_path):
     assert at_work == [None, "student"]
     video = iio.imread(tmp_path / "side.mp4")
     assert video.shape == (36, 64 * 3, 4 * 96 * 3, 3)
-    real = video[:3, :, 20:268].astype(float)                                           # the start: the same real frames
+    real = video[:3, :, 20:268].astype(float)                                           # all begin with them
     for panel in (1, 2, 3):
         assert abs(video[:3, 60:, 288 * panel + 20:288 * panel + 268] - real[:, 60:]).mean() < 12
     assert abs(video[20, 60:, 288 + 20:556].astype(float) - video[20, 60:, 20:268]).mean() > 12
+
+
+def test_each_ten_seconds_is_measured_by_itself(monkeypatch, quick):
+    monkeypatch.setattr(health, "TEN", 16)
+    trips, probe = health.held_out(4, 5, 32), health.load_probe("cpu")
+    truth = trips.video()
+    video = truth.clone()
+    video[:, 20:] = (video[:, 20:].float() * 0.5 + 64).byte()                           # half as colourful
+    early, late = health.drift(video, truth, trips, probe).values()
+    assert early["saturation"][0] == early["motion"][0] == early["sharpness"][0] == 1
+    assert early["both all"][0] > 75                                                    # labels of the same seconds
+    assert late["saturation"][0] == pytest.approx(0.5, abs=0.02)
+    assert early["frechet"][0] < 1e-6 < 0.01 < late["frechet"][0]
+
+
+def test_diversity_is_the_spread_over_seeds_of_what_the_start_does_not_show(monkeypatch):
+    """A turn by 60 degrees: columns whose ray is more than -20.2 degrees from the middle are new, 72 % of them."""
+    yaw = torch.zeros(3, 8)
+    yaw[:, :4] = 170.0
+    yaw[:, 4:] = -130.0                                                                 # across the seam of the circle
+    new = health.unseen(yaw, 1000)
+    assert not new[:, :4].any() and new[0, 4].float().mean() == pytest.approx(0.5 + 0.6 * 0.368, abs=0.002)
+    assert not new[0, 4, :270].any() and new[0, 4, 290:].all()
+    trips, value = SimpleNamespace(states=yaw[:, :, None].expand(-1, -1, 4)), {}
+    for where in (new, ~new):                                                           # two seeds: std 1
+        monkeypatch.setattr(health, "dream", lambda sampler, coder, trips, truth, seed, where=where: truth + (
+            (seed - health.SEED) * 2 ** 0.5 * where[:, :, None, :, None]))
+        value[where is new], _, _ = health.diversity(None, None, trips, torch.full((3, 8, 2, 1000, 3), 99.0), 2)
+    assert value[True] == pytest.approx(1.0, abs=1e-4) and value[False] == 0
+
+
+def test_the_table_of_students_at_length(sampler, quick, monkeypatch, tmp_path, capsys):
+    rows = health.samplers_of
+    monkeypatch.setattr(health, "setup", lambda: torch.device("cpu"))
+    monkeypatch.setattr(health, "load", lambda *a: sampler.model)
+    monkeypatch.setattr(health, "samplers_of", lambda *a: rows(*a, steps=2, few=1))
+    flags = "--students", "a,b", "--clips", "2", "--seconds", "2", "--out", str(tmp_path / "x.json")
+    health.main(parse(health.Config, flags))
+    figures = json.loads((tmp_path / "x.json").read_text())["rows"]
+    assert list(figures) == ["a, 0-2 s", "b, 0-2 s"]
+    assert figures["a, 0-2 s"].keys() >= set(health.SHOWN) - {"psnr 4s"} and "| b, 0-2 s |" in capsys.readouterr().out
 
 
 def test_curves_show_every_logged_figure_once(tmp_path):

@@ -33,7 +33,6 @@ import play
 import rollout
 import serve
 import world
-from model import preset
 
 SEED = 0                                                        # a start from which a turn to the right shows much
 RESET = {"start": "clip", "map": 0, "prompt": "", "seed": SEED, "image": ""}

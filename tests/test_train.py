@@ -105,7 +105,7 @@ EVERYTHING = ("--tune", "lora", "--rank", 4, "--gan", 0.1, "--teacher_fkl", 0.1,
               "--accumulate", 2, "--past", 8, "--frames", 20, "--grow", 2, "--short", 0.3)
 
 
-@pytest.mark.parametrize("flags", [EVERYTHING, ("--gan", 0.1, "--no-complete")], ids=["adapters, all terms", "full, GAN"])
+@pytest.mark.parametrize("flags", [EVERYTHING, ("--gan", 0.1, "--no-complete")], ids=["lora, all", "full, GAN"])
 def test_a_run_cut_in_two_ends_with_the_bits_of_a_whole_one(stage2, flags, monkeypatch):
     whole = stage2("whole", "--steps", 4, "--save_every", 2, *flags)
     log = common.Run.log
@@ -126,26 +126,31 @@ def test_a_run_cut_in_two_ends_with_the_bits_of_a_whole_one(stage2, flags, monke
     assert {"dmd", "gan", "gan_critic", "head_norm", "motion", "saturation", "std"} <= whole[-1].keys()
     assert any(k.startswith("critic_0.") for k in whole[-1])
     assert whole[-1]["student_updates"] == whole[-1]["critic_updates"] == 4
+    assert whole[-1]["rollouts"] == (8 if "--accumulate" in flags else 4)
 
 
 def test_adapters_and_full_tuning_agree_at_the_first_step(stage2):
-    full, lora = (stage2(tune, "--tune", tune)[0] for tune in ("full", "lora"))
+    full, lora = (stage2(tune, "--tune", tune, "--lr", 0.01, "--ema", 0.5)[0] for tune in ("full", "lora"))
     for name in ("dmd", "dmd_gradient", "critic", "std", "motion"):                     # all from before any update
         assert full[name] == lora[name], name
-    weights = load_file(stage2.folder / "lora" / "student.safetensors")
-    assert weights.keys() == load_file(stage2.folder / "full" / "student.safetensors").keys()
+    before = load_file(stage2.folder / "teacher.safetensors")
+    for tune in ("full", "lora"):                                                       # and both have learnt by its end
+        after = load_file(stage2.folder / tune / "student.safetensors")
+        assert after.keys() == before.keys()
+        assert not torch.equal(after["blocks.0.self_attn.o.weight"], before["blocks.0.self_attn.o.weight"])
 
 
 def test_exit_steps_of_dmd_and_of_the_forward_kl_never_coincide(stage2, monkeypatch):
     exits, levels, rolled, kl = [], [], two.self_rollout, dmd.teacher_fkl_loss
     monkeypatch.setattr(two, "self_rollout", lambda *a: exits.append(a[7]) or rolled(*a))
     monkeypatch.setattr(dmd, "teacher_fkl_loss", lambda *a: levels.append(a[5]) or kl(*a))
-    stage2("with", "--teacher_fkl", 0.1, "--steps", 16, "--denoise", 3)
+    stage2("with", "--teacher_fkl", 0.1, "--steps", 10, "--denoise", 3)
     sigmas = schedule(3, model.TINY.shift)
-    assert set(exits) == {1, 2} and len(levels) == 16
-    assert all(l[0] == sigmas[0] and l[-1] == pytest.approx(sigmas[1], abs=1e-12) for l in levels)  # the student's step 0
+    assert set(exits) == {1, 2} and len(levels) == 10
+    for l in levels:                                                                    # the student's step 0
+        assert l[0] == sigmas[0] and l[-1] == pytest.approx(sigmas[1], abs=1e-12)
     exits.clear()
-    stage2("without", "--steps", 16, "--denoise", 3)
+    stage2("without", "--steps", 10, "--denoise", 3)
     assert set(exits) == {0, 1, 2}
 
 
@@ -188,8 +193,9 @@ def test_a_student_unlike_the_data_is_a_warning_and_then_a_stop_with_all_saved(s
     assert "warning, update 4: saturation" in capsys.readouterr().out
     assert len(stage2.lines("run")) == 5                                                # three well, two ill
     assert {"checkpoint-00000005", "student.safetensors"} <= {path.name for path in (stage2.folder / "run").iterdir()}
-    with pytest.raises(SystemExit, match="for 2 updates"):                              # its judgement was saved as well
+    with pytest.raises(SystemExit, match="for 2 updates"):                              # the judgement was saved too
         stage2("run", "--steps", 9, "--patience", 2, "--save_every", 9)
+    assert len(stage2.lines("run")) == 6                                                # so that one more is enough
     monkeypatch.setattr(two, "compare", compare)
     assert len(stage2("run", "--steps", 8, "--patience", 2, "--save_every", 9, "--health", 0)) == 8
 
@@ -200,3 +206,4 @@ def test_random_weights_of_a_backbone_without_codec_run_the_same_loop(stage2, mo
     logged = stage2("run", "--backbone", "wan2.1-1.3b", "--teacher", "random", "--frames", 20, "--t2v", 1, "--i2v", 0,
                     "--tune", "lora", "--recompute")
     assert logged[0]["student_updates"] == 1 and logged[0]["critic"] > 0
+    assert not list(stage2.folder.glob("run/*.safetensors"))                            # noise is not worth a file

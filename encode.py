@@ -96,7 +96,7 @@ class TinyCodec:
         return states[:, :int((states != 0).any(-1).sum(1).max())]
 
     def cameras(self, actions):
-        """c2w [B, T, 4, 4] and K [B, T, 3, 3] of one who begins level and obeys `actions` [B, T]; no wall stops them."""
+        """c2w [B, T, 4, 4] and K [B, T, 3, 3] of one who begins level and obeys `actions` [B, T]; no wall stops it."""
         c2w = poses_from_labels(actions, world.STEP, world.ANGLE).float().to(self.device)
         return c2w, world.K.to(self.device).expand(*actions.shape, 3, 3)
 

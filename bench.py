@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import sdpa_kernel
 
-from common import fail, one_line_errors, parse, provenance, require_positive
-from model import FASTEST, PRESETS, attention, build, checkpoint_blocks, compile_blocks, flops, preset
+from common import checkpoint_blocks, compile_blocks, fail, one_line_errors, parse, provenance, require_positive
+from model import FASTEST, PRESETS, attention, build_on, flops, preset
 
 TEXT = {"hunyuan": 300}                     # valid text tokens of a usual prompt; other backbones always see text_len
 TINY = dict(dim=64, heads=4, ffn=128, layers=2, freq_dim=32, text_dim=64, rope_dims=(4, 6, 6), size=(9, 64, 96))
@@ -89,12 +89,10 @@ def ceilings(device, tiny):
 
 def random_model(name, device, dtype, **fields):
     """A backbone with random weights made in place, the fp32 ones in fp32; there is never a second copy."""
-    with torch.device("meta"):
-        model = build(name, control=None, **fields)
-    state = {key: torch.empty(p.shape, device=device, dtype=model.stored_dtype(key, dtype)).normal_(std=0.02)
-             for key, p in model.state_dict().items()}
-    model.load_state_dict(state, assign=True)
-    return model.requires_grad_(True)
+    model = build_on(device, dtype, name, control=None, **fields)
+    for p in model.parameters():
+        p.data.normal_(std=0.02)
+    return model
 
 
 def example(spec, device):

@@ -77,7 +77,7 @@ def check_direction(c2w):
     w2c = invert(c2w)
     steps, other = (c[:, :3, 3].diff(dim=0).norm(dim=-1) for c in (c2w, w2c))
     roll, others = (torch.linalg.svdvals(c[:, :3, 0])[2:].sum() / len(c) ** 0.5 for c in (c2w, w2c))    # 0: right axes
-    if steps.sum() > 2 * other.sum() + 1e-6 or (roll > 0.02 and others < 0.001):                       # keep to a plane
+    if steps.sum() > 2 * other.sum() + 1e-6 or (roll > 0.02 and others < 0.001):                    # keep to a plane
         raise ValueError(f"the cameras look like w2c, not c2w (as c2w they jump at camera {int(steps.argmax()) + 1}); "
                          "invert them, or if they orbit the origin make them relative to the first")
 

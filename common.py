@@ -15,13 +15,16 @@ import subprocess
 import sys
 import time
 from argparse import ArgumentParser, BooleanOptionalAction
+from functools import partial
 from pathlib import Path
+from types import MethodType
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent
@@ -67,6 +70,15 @@ def parse(config, argv=None):
         return config(**vars(parser.parse_args(argv)))
     except ValueError as error:
         parser.error(str(error))
+
+
+def command_line(config):
+    """The inverse of `parse`: the flags of all fields that differ from their defaults."""
+    changed = [(f.name, getattr(config, f.name)) for f in dataclasses.fields(config)
+               if getattr(config, f.name) != f.default]
+    flags = ([f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+             for name, value in changed)
+    return [word for flag in flags for word in flag]
 
 
 def require_positive(config, *names):
@@ -135,6 +147,36 @@ def mean_over_ranks(metrics):
     return dict(zip(keys, values.tolist()))
 
 
+# ---- Passes over a finished backbone: its blocks are in the list that `block_list` names -----------------------------
+
+# What a block under checkpointing keeps: the results of attention, few bytes for the dearest work.
+KEPT = [getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}").default for kernel in (
+    "cudnn_attention", "flash_attention", "efficient_attention", "flash_attention_for_cpu")]
+
+
+def checkpoint_blocks(model, keep_attention=True):
+    """Make each block keep its input and its attention, and compute the rest again in the backward pass, in place.
+
+    `keep_attention=False` computes attention again too. Call it before `compile_blocks`: the compiler then sees the
+    checkpoint inside the block and obeys it. Around a compiled block, attention could not be told from the rest.
+    """
+    kept = {"context_fn": partial(create_selective_checkpoint_contexts, KEPT)} if keep_attention else {}
+
+    def forward(block, *args):                          # nothing in a block is random: no generator state to keep
+        return checkpoint(type(block).forward, block, *args, use_reentrant=False, preserve_rng_state=False, **kept)
+
+    for block in getattr(model, model.block_list):
+        block.forward = MethodType(forward, block)
+    return model
+
+
+def compile_blocks(model, **options):
+    """Compile each transformer block in place; all share one compilation per shape. What stays eager is small."""
+    for block in getattr(model, model.block_list):
+        block.compile(dynamic=False, **options)
+    return model
+
+
 # ---- Optimisation ----------------------------------------------------------------------------------------------------
 
 def descend(optimizer, clip, step_name):
@@ -182,7 +224,8 @@ def provenance():
             "device": device, "processes": world_size()}
 
 
-HARMLESS = {"out", "steps", "save_every", "log_every", "preview", "compile", "cuda_graphs"}  # may change on resuming
+HARMLESS = {"out", "steps", "save_every", "log_every", "preview", "compile", "cuda_graphs", "recompute", "validate",
+            "health", "patience"}                                                       # may change on resuming
 
 
 class Run:

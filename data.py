@@ -10,7 +10,7 @@ import torch
 
 import world
 from common import generator, rank
-from control import Condition, Control, relative
+from control import ACTIONS, Condition, Control, relative
 
 
 @dataclass(frozen=True)
@@ -86,3 +86,23 @@ class WorldStream:
         at = trip[:, None], index
         control = Control(self.labels[kind[:, None], *at], relative(self.control.c2w[at]), self.control.K[at])
         return Batch(x0.contiguous(), Condition(text, control))
+
+
+class RandomStream:
+    """Noise in the shape of a backbone's clips, text and actions: speed and memory of training, without any data."""
+
+    def __init__(self, spec, seed, device):
+        self.spec, self.seed, self.device = spec, seed, device
+
+    def text(self, prompts):
+        """The same random states for any prompt, in the shape that a text encoder gives them."""
+        shape = 1, min(self.spec.text_len, 512), self.spec.text_dim
+        states = torch.randn(shape, generator=generator(self.seed, "text"))
+        return {"text": states.expand(len(prompts), -1, -1).to(self.device)}
+
+    def batch(self, step, size, frames):
+        g, spec = generator(self.seed, "random", rank(), step), self.spec
+        H, W = (n // s for n, s in zip(spec.size[1:], spec.stride[1:]))
+        x0 = torch.randn(size, spec.channels, frames, H, W, generator=g).to(self.device)
+        actions = torch.randint(ACTIONS, (size, frames), generator=g).to(self.device)
+        return Batch(x0, Condition(self.text([""] * size), Control(actions)))

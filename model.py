@@ -1,9 +1,9 @@
 """The video diffusion transformers, each behind one forward: velocity of noisy latents, with one noise level per frame.
 
 Wan2.1-T2V-1.3B and Wan2.2-TI2V-5B (Wan, arXiv:2503.20314) share one architecture; `tiny` and `small` are the same code
-at the size of the embedded world. HunyuanVideo-1.5-8B (arXiv:2511.18870) is a double-stream transformer, LTX-2.3-22B the
-video tower of an audio-video model (arXiv:2601.03233). Parameter names are those of the official checkpoints, so
-loading is strict and needs no key map; what this project adds lives under `control.`.
+at the size of the embedded world. HunyuanVideo-1.5-8B (arXiv:2511.18870) is a double-stream transformer,
+LTX-2.3-22B the video tower of an audio-video model (arXiv:2601.03233). Parameter names are those of the official
+checkpoints, so loading is strict and needs no key map; what this project adds lives under `control.`.
 
     python model.py wan2.2-5b            # sizes, tokens and operations of a preset, nothing allocated
 """
@@ -15,9 +15,7 @@ import re
 import sys
 from collections import OrderedDict
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from types import MethodType
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +26,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import inject
 import nvfp4
@@ -172,7 +169,7 @@ FASTEST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EF
 
 
 def attention(q, k, v, mask=None):
-    """Softmax attention [B, heads, N, d] by the first kernel of FASTEST that can; on Hopper cuDNN is 1.6 times flash."""
+    """Softmax attention [B, heads, N, d] by the first kernel of FASTEST that can; on Hopper cuDNN is 1.6x flash."""
     with sdpa_kernel(FASTEST, set_priority=True) if q.is_cuda else contextlib.nullcontext():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
@@ -575,7 +572,7 @@ class LTXAttention(nn.Module):
         self.to_gate_logits, self.to_out = nn.Linear(dim, heads), nn.Sequential(nn.Linear(dim, dim))
 
     def forward(self, x, context=None, rope=None, sentences=None, branch=None):         # [B, N, D], [B, S, D]
-        keys = lambda context: (split(self.k_norm(self.to_k(context)), self.heads), split(self.to_v(context), self.heads))
+        keys = lambda kv: (split(self.k_norm(self.to_k(kv)), self.heads), split(self.to_v(kv), self.heads))
         q, (k, v) = split(self.q_norm(self.to_q(x)), self.heads), keys(x if context is None else context)
         added = 0.0 if branch is None else inject.prope(q, k, v, branch, attention)     # [B, N, D]
         if rope is not None:
@@ -702,31 +699,17 @@ def build(name, control="adaln", sentences=None, **fields):
     return inject.attach(model, control, sentences) if control else model
 
 
-# What a block under checkpointing keeps: the results of attention, few bytes for the dearest work.
-KEPT = [getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}").default for kernel in (
-    "cudnn_attention", "flash_attention", "efficient_attention", "flash_attention_for_cpu")]
-
-
-def checkpoint_blocks(model, keep_attention=True):
-    """Make each block keep its input and its attention, and compute the rest again in the backward pass, in place.
-
-    `keep_attention=False` computes attention again too. Call it before `compile_blocks`: the compiler then sees the
-    checkpoint inside the block and obeys it. Around a compiled block, attention could not be told from the rest.
-    """
-    kept = {"context_fn": partial(create_selective_checkpoint_contexts, KEPT)} if keep_attention else {}
-
-    def forward(block, *args):                          # nothing in a block is random: no generator state to keep
-        return checkpoint(type(block).forward, block, *args, use_reentrant=False, preserve_rng_state=False, **kept)
-
-    for block in getattr(model, model.block_list):
-        block.forward = MethodType(forward, block)
-    return model
-
-
-def compile_blocks(model, **options):
-    """Compile each transformer block in place; all share one compilation per shape. What stays eager is small."""
-    for block in getattr(model, model.block_list):
-        block.compile(dynamic=False, **options)
+def build_on(device, dtype, name, **fields):
+    """`build` in place on a device, weights in `dtype` but where the official run computes in fp32: no second copy."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = build(name, **fields)
+    finally:
+        torch.set_default_dtype(before)
+    for key, p in model.named_parameters():
+        p.data = p.data.float() if model.fp32.search(key) else p.data
     return model
 
 
@@ -752,7 +735,8 @@ def load(name, source=None, device="cpu", dtype=torch.float32, control=None, par
         return nvfp4.load(model, files, device, dtype)
     expected, doubt = {key: list(p.shape) for key, p in model.state_dict().items()}, f"is it a checkpoint of {name}?"
     missing, surplus = [key for key in expected if key not in stored], [key for key in stored if key not in expected]
-    differs = [f"{source} has {how} {listed(keys)}" for how, keys in (("no tensor", missing), ("surplus", surplus)) if keys]
+    differs = [f"{source} has {how} {listed(keys)}"
+               for how, keys in (("no tensor", missing), ("surplus", surplus)) if keys]
     if differs and not partial:
         raise ValueError(f"{'; '.join(differs)}; {doubt} partial=True (--init_partial) takes what fits")
     if differs and rank() == 0:
@@ -852,7 +836,8 @@ def save(model, path, dtype=torch.bfloat16, weights=None, **notes):
 def wan_macs(p, D, T, N, S):
     """Multiply-adds of linear layers; query-key pairs of self-attention, and of attention to or among S text tokens."""
     block = N * (6 * D ** 2 + 2 * D * p.ffn) + S * 2 * D ** 2
-    ends = N * 2 * p.channels * math.prod(p.patch) * D + S * (p.text_dim * D + D ** 2) + T * (p.freq_dim * D + 7 * D ** 2)
+    ends = N * 2 * p.channels * math.prod(p.patch) * D
+    ends += S * (p.text_dim * D + D ** 2) + T * (p.freq_dim * D + 7 * D ** 2)
     return p.layers * block + ends, p.layers * N ** 2, p.layers * N * S
 
 

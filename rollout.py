@@ -10,16 +10,15 @@ features depend on the noisy chunk.
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw
 
 import world
 from common import autocast, generator, one_line_errors, parse, setup
-from control import Condition, Control, check_actions, keys_from_label, parse_actions
+from control import Condition, Control, check_actions, parse_actions
 from encode import codec
 from flow import add_noise, euler, guide, schedule, velocity_to_x0
 from model import ASSETS, load
+from video import compose, read_picture, write_video
 
 
 def velocity_of(model):
@@ -52,18 +51,22 @@ def chunk_velocity(velocity, history, x, sigma, condition):
     return velocity(torch.cat([history, x], 2), levels, condition)[:, :, n:].float()
 
 
-def few_step(velocity, history, shape, sigmas, condition, noise, grad_step=None):
+def few_step(velocity, history, shape, sigmas, condition, noise, grad_step=None, complete=True):
     """Few-step generator: predict x0, renoise to the next level, repeat. Returns (sample, finished), [B, C, K, H, W].
 
     Without `grad_step` both are the result of all steps. With it, `sample` is the x0 predicted at that step, the only
     one that builds a graph (Self Forcing, arXiv:2506.08009); the remaining steps run without, and `finished`, detached,
-    is what the next chunk sees: the history that inference would have.
+    is what the next chunk sees: the history that inference would have. Without `complete` it is the sample, as in
+    Self Forcing.
     """
     x, sample, outer = noise(shape), None, torch.is_grad_enabled()
     for i, sigma in enumerate(sigmas[:-1]):
         with torch.set_grad_enabled(outer and i == grad_step):
             x0 = velocity_to_x0(chunk_velocity(velocity, history, x, sigma, condition), x, sigma)
-        sample = x0 if i == grad_step else sample
+        if i == grad_step:
+            sample = x0
+            if not complete:
+                return sample, sample.detach()
         x = add_noise(x0.detach(), noise(shape), sigmas[i + 1]) if sigmas[i + 1] > 0 else x0.detach()
     return (x if sample is None else sample), x
 
@@ -78,6 +81,21 @@ def ode(velocity, history, shape, sigmas, condition, noise):
 
 # ---- Many chunks -----------------------------------------------------------------------------------------------------
 
+def chunks(velocity, condition, prefix, frames, sigmas, chunk, window, noise, sampler, options_at):
+    """The loop: (samples, finished), both [B, C, frames, H, W]; `options_at(n)` go to the sampler of the chunk that
+    ends at frame n."""
+    B, C, n, H, W = prefix.shape
+    clean, samples = prefix, [prefix]
+    while n < frames:
+        K = min(chunk, frames - n)
+        start = max(0, n - (window - chunk))
+        sample, finished = sampler(velocity, clean[:, :, start:], (B, C, K, H, W), sigmas,
+                                   condition.frames(start, n + K), noise, **options_at(n + K))
+        clean, n = torch.cat([clean, finished], 2), n + K                               # [B, C, n, H, W]
+        samples.append(sample)
+    return torch.cat(samples, 2), clean
+
+
 def rollout(velocity, condition, prefix, frames, sigmas, chunk, window, noise, sampler=few_step, **options):
     """Extend the clean `prefix` [B, C, n, H, W] (n may be 0) to `frames` latent frames, `chunk` at a time.
 
@@ -85,16 +103,57 @@ def rollout(velocity, condition, prefix, frames, sigmas, chunk, window, noise, s
     the labels of its own window, so later actions cannot change earlier chunks. Gradient never flows through history.
     Returns [B, C, frames, H, W]; `options` go to the sampler.
     """
-    B, C, n, H, W = prefix.shape
-    clean, samples = prefix, [prefix]
-    while n < frames:
-        K = min(chunk, frames - n)
-        start = max(0, n - (window - chunk))
-        sample, finished = sampler(velocity, clean[:, :, start:], (B, C, K, H, W), sigmas,
-                                   condition.frames(start, n + K), noise, **options)
-        clean, n = torch.cat([clean, finished], 2), n + K                               # [B, C, n, H, W]
-        samples.append(sample)
-    return torch.cat(samples, 2)
+    return chunks(velocity, condition, prefix, frames, sigmas, chunk, window, noise, sampler, lambda n: options)[0]
+
+
+# ---- Training --------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Plan:
+    """A training rollout: `start` real frames, then whole chunks up to `frames`; the loss sees frames `first` on."""
+    start: int
+    frames: int
+    first: int
+
+    @property
+    def made(self):
+        """Generated frames in the loss window."""
+        return self.frames - max(self.start, self.first)
+
+    def mask(self, B, device):
+        """[B, T] of the loss window: which of its frames are generated."""
+        return (torch.arange(self.first, self.frames, device=device) >= self.start).expand(B, -1)
+
+
+def draw_plan(shared, spec, frames, t2v, i2v, past=0, most=None, short=0.0):
+    """Start, length and loss window of a rollout. Ranks that draw from equal `shared` draw the same.
+
+    It starts from nothing (t2v), from one real frame (i2v) or from real chunks: one, or up to `past` frames of them, a
+    stored past. Chunks follow as `frames` has room for, a start of at most one chunk included; at most `most`, and a
+    share `short` of rollouts has fewer. When they outgrow the teacher's window, the loss is on a random window of them
+    that ends with a chunk, and the rollout ends there: what comes later cannot change it.
+    """
+    u, K = shared.random(), spec.chunk
+    start = n = 0 if u < t2v else 1 if u < t2v + i2v else K
+    if n == K and past > K:
+        start = K * shared.randint(1, past // K)
+    M = min((frames - n) // K, most or frames)
+    if short and shared.random() < short:
+        M = shared.randint(1, M)
+    fit = (spec.window - n) // K                                                        # chunks that one window holds
+    end = start + K * (shared.randint(fit, M) if M > fit else M)
+    return Plan(start, end, max(0, end - spec.window))
+
+
+def self_rollout(velocity, condition, prefix, plan, spec, sigmas, noise, grad_step, complete=True):
+    """The rollout that stage 2 trains on (Self Forcing): (samples, finished), both [B, C, plan.frames, H, W].
+
+    Within the loss window `samples` holds the x0 of step `grad_step` with its graph; before it, as in all of
+    `finished`, what inference would make.
+    """
+    in_window = {"grad_step": grad_step, "complete": complete}
+    return chunks(velocity, condition, prefix, plan.frames, sigmas, spec.chunk, spec.window, noise, few_step,
+                  lambda n: in_window if n > plan.first else {})
 
 
 # ---- A world to play in ----------------------------------------------------------------------------------------------
@@ -116,23 +175,21 @@ class WorldModel:
     def reset(self, prompt=None, first=None, seed=0, actions=None):
         """Begin at the frames `first` (uint8 [F, H, W, 3]; labels `actions` [F], default still), or dream a start.
 
-        Returns the start as uint8 [F, H, W, 3].
+        Returns the start as uint8 [F, H, W, 3]. A start that is refused leaves the present dream as it is.
         """
-        self.random = generator(seed, "play")
-        self.text = self.codec.text([prompt or ""])
+        text = self.codec.text([prompt or ""])
         H, W = (n // s for n, s in zip(self.spec.size[1:], self.spec.stride[1:]))
-        self.latents = torch.zeros(1, self.spec.channels, 0, H, W, device=self.device)
-        self.actions = torch.zeros(1, 0, dtype=torch.long)
-        if first is None:
-            return self.step([0] * self.spec.chunk)
-        self.latents = self.codec.encode(torch.as_tensor(first)[None])
-        if self.latents.shape[3:] != (H, W):
+        latents = torch.zeros(1, self.spec.channels, 0, H, W, device=self.device)
+        if first is not None:
+            latents = self.codec.encode(torch.as_tensor(first)[None])
+        if latents.shape[3:] != (H, W):
             raise ValueError(f"start frames are {self.spec.size[1]}x{self.spec.size[2]}, got {list(first.shape[1:3])}")
-        count = self.latents.shape[2]
-        self.actions = torch.zeros(1, count, dtype=torch.long) if actions is None else check_actions(actions)[None]
-        if self.actions.shape[1] != count:
-            raise ValueError(f"{count} start frames need {count} labels, got {self.actions.shape[1]}")
-        return self.codec.decode(self.latents)[0]
+        count = latents.shape[2]
+        labels = torch.zeros(count, dtype=torch.long) if actions is None else check_actions(actions)
+        if len(labels) != count:
+            raise ValueError(f"{count} start frames need {count} labels, got {len(labels)}")
+        self.random, self.text, self.latents, self.actions = generator(seed, "play"), text, latents, labels[None]
+        return self.step([0] * self.spec.chunk) if first is None else self.codec.decode(latents)[0]
 
     @torch.no_grad()
     def step(self, actions):
@@ -151,50 +208,21 @@ class WorldModel:
         self.latents, self.actions = self.latents[:, :, -keep:], self.actions[:, -keep:]
         return fresh
 
+    def state(self):
+        """All that the future depends on. Steps replace these tensors and never write into them: no copy is needed."""
+        return {"latents": self.latents, "actions": self.actions, "text": self.text, "random": self.random.get_state()}
+
+    def restore(self, state):
+        """Go on from a `state()` of this world model, or of another of the same backbone: its teacher, more steps."""
+        self.latents, self.actions, self.text = state["latents"], state["actions"], state["text"]
+        self.random = torch.Generator()
+        self.random.set_state(state["random"])
+
     def noise(self, shape):
         return torch.randn(shape, generator=self.random).to(self.device)
 
 
-# ---- Pictures --------------------------------------------------------------------------------------------------------
-
-KEY_PLACES = {"w": (1, 0), "a": (0, 1), "s": (1, 1), "d": (2, 1),       # column, row of a key on the overlay
-              "up": (5, 0), "left": (4, 1), "down": (5, 1), "right": (6, 1)}
-ARROWS = {"up": ((.5, .25), (.2, .7), (.8, .7)), "down": ((.5, .75), (.2, .3), (.8, .3)),
-          "left": ((.25, .5), (.7, .2), (.7, .8)), "right": ((.75, .5), (.3, .2), (.3, .8))}
-
-
-def draw_keys(frames, actions, scale=4, titles=()):
-    """Enlarge uint8 frames [T, H, W, 3] by `scale`, with the pressed keys and, side by side, `titles` on top."""
-    out, key = [], 5 * scale
-    for frame, action in zip(frames, actions):
-        picture = Image.fromarray(np.asarray(frame))
-        picture = picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
-        draw, pressed = ImageDraw.Draw(picture, "RGBA"), keys_from_label(int(action))
-        for name, (column, row) in KEY_PLACES.items():
-            x, y = scale + column * key, picture.height - (3 - row) * key + 3 * scale
-            down = name in pressed
-            fill = (255, 255, 255, 230) if down else (0, 0, 0, 70)
-            draw.rectangle((x, y, x + key - 3, y + key - 3), fill, (255, 255, 255, 160))
-            ink = (20, 20, 20, 255) if down else (255, 255, 255, 200)
-            if name in ARROWS:
-                draw.polygon([(x + u * (key - 3), y + v * (key - 3)) for u, v in ARROWS[name]], ink)
-            else:
-                draw.text((x + key / 2 - 1, y + key / 2 - 1), name.upper(), ink, anchor="mm")
-        for i, title in enumerate(titles):
-            place = (picture.width * i // len(titles) + 2 * scale, scale)
-            draw.text(place, title, "white", stroke_width=1, stroke_fill="black")
-        out.append(np.asarray(picture))
-    return np.stack(out)
-
-
-def write_video(path, frames, fps):
-    """uint8 [T, H, W, 3] -> mp4 or gif, by the suffix of `path`."""
-    import imageio.v3 as iio
-    if Path(path).suffix == ".gif":
-        iio.imwrite(path, frames, duration=1000 / fps, loop=0)
-    else:
-        iio.imwrite(path, frames, fps=fps, codec="libx264", macro_block_size=8, output_params=["-crf", "18"])
-
+# ---- Command line ----------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Config:
@@ -206,6 +234,7 @@ class Config:
     prompt: str = ""                            # caption; empty: that of --map
     map: int = 0                                # start in this map of the embedded world (0..3)
     start: str = "clip"                         # clip: four exact views (v2v); frame: one (i2v); dream: none (t2v)
+    image: str = ""                             # start from this picture instead (i2v): PNG or JPEG of the model's size
     truth: bool = False                         # show the exact world, given the same keys, beside the dream
     steps: int = 4                              # denoising steps a chunk
     guidance: float = 1.0                       # of the teacher; a student needs none
@@ -215,12 +244,31 @@ class Config:
     def __post_init__(self):
         if self.start not in ("frame", "clip", "dream"):
             raise ValueError(f"--start is frame, clip or dream, got '{self.start}'")
-        if self.truth and self.start == "dream":
-            raise ValueError("--truth needs a start in the exact world: --start frame or clip")
+        if self.truth and (self.start == "dream" or self.image):
+            raise ValueError("--truth needs a start in the exact world: --start frame or clip, and no --image")
         if Path(self.out).suffix not in (".mp4", ".gif"):
             raise ValueError(f"--out ends in .mp4 or .gif, got '{self.out}'")
         if self.steps < 1:
             raise ValueError(f"--steps must be above 0, got {self.steps}")
+        if self.map not in range(len(world.MAPS)):
+            raise ValueError(f"--map is 0..{len(world.MAPS) - 1}, got {self.map}")
+
+
+def begin(cfg, spec):
+    """The start that `cfg` asks for: the exact world or None, and first frames [F, H, W, 3] or None (words alone)."""
+    if cfg.image:
+        return None, read_picture(cfg.image, spec)
+    if cfg.start == "dream":
+        return None, None
+    place = world.World(cfg.map)
+    place.reset(seed=cfg.seed)
+    return place, place.step([0] * (4 if cfg.start == "clip" else 1))
+
+
+def walk(place, asked):
+    """Move the exact world on by labels `asked` [T]: labels of what happened (walls stop some) and the views."""
+    happened = world.walk(place.maps, place.state[None], asked[None])[1][0]
+    return happened, place.step(asked)
 
 
 def main(cfg):
@@ -229,21 +277,15 @@ def main(cfg):
         labels = parse_actions(cfg.actions)
         shipped = ASSETS / f"{cfg.backbone}-student.safetensors"
         model = WorldModel(load(cfg.backbone, cfg.weights or shipped, device), cfg.steps, cfg.guidance, cfg.ode)
-        place = world.World(cfg.map)
-        place.reset(seed=cfg.seed)
-        first = None if cfg.start == "dream" else place.step([0] * (4 if cfg.start == "clip" else 1))
+        place, first = begin(cfg, model.spec)
         frames = [model.reset(cfg.prompt or world.CAPTIONS[cfg.map], first, cfg.seed)]
         Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
         open(cfg.out, "ab").close()                     # fails now rather than after the work
-    if cfg.truth:                                       # a key that a wall stops is passed on as what happened
-        labels[1:] = world.walk(place.maps, place.state[None], labels[None, 1:])[1][0]
-    frames = torch.cat([*frames, model.step(labels[1:])])                               # [T, H, W, 3]
-    keys = [0] * (len(frames) - len(labels) + 1) + labels[1:].tolist()
-    if cfg.truth:
-        exact = torch.cat([first, place.step(labels[1:])])
-        frames = torch.cat([exact, frames], 2)                                          # side by side
-    titles = ("truth", f"dream, {cfg.steps} steps a chunk") if cfg.truth else ()
-    write_video(cfg.out, draw_keys(frames, keys, 3 if cfg.truth else 4, titles), model.spec.fps)
+    happened, exact = walk(place, labels[1:]) if cfg.truth else (labels[1:], None)
+    frames = torch.cat([*frames, model.step(happened)])                                 # [T, H, W, 3]
+    exact = torch.cat([first, exact]) if cfg.truth else None
+    keys = [0] * (len(frames) - len(happened)) + happened.tolist()
+    write_video(cfg.out, compose(frames, keys, cfg.steps, exact), model.spec.fps)
     print(f"{cfg.out}: {len(keys)} frames, {len(keys) / model.spec.fps:.1f} s")
 
 

@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common import (EMA, Run, derive, descend, load_checkpoint, one_line_errors, parse, provenance, rank,
-                    require_positive, reseed, save_checkpoint, setup, shutdown)
+from common import (EMA, Run, compile_blocks, derive, descend, load_checkpoint, one_line_errors, parse, provenance,
+                    rank, require_positive, reseed, save_checkpoint, setup, shutdown)
 from control import NO_ACTION, Condition, Control, attach
 from data import WorldStream
 from encode import codec
 from flow import add_noise, draw_sigma, flow_loss
-from model import PRESETS, build, compile_blocks, load, save
+from model import PRESETS, build, load, save
 from rollout import velocity_of
 
 

@@ -1,196 +1,249 @@
 """Stage 2: distil the guided teacher into a 4-step generator that rolls out chunk by chunk (BiWM, arXiv:2606.10135).
 
     torchrun train_stage2.py                       # the embedded world, ten minutes on two CPU cores
+    torchrun train_stage2.py --tune lora           # student and critic as adapters on the teacher: one network
 
-Each step: the student rolls out a clip from a real start (text, image or video), with gradient through one random
+Each step: the student rolls out clips from real starts (text, image or video), with gradient through one random
 denoising step of every chunk (Self Forcing, arXiv:2506.08009); distribution matching against the guided teacher moves
-the student (DMD, arXiv:2311.18828); then the critic catches up on what the student made (DMD2, arXiv:2405.14867).
+the student (DMD, arXiv:2311.18828), with the terms of dmd.py that --gan, --teacher_fkl, --real_fkl and --sft add; then
+the critic catches up on what the student made (DMD2, arXiv:2405.14867).
 """
 
-import json
 import random
+import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 
-from common import (EMA, Run, derive, descend, load_checkpoint, one_line_errors, parse, provenance, rank, reseed,
-                    require_positive, save_checkpoint, setup, shutdown)
-from data import WorldStream
-from dmd import critic_loss, dmd_loss
+from common import (EMA, Run, checkpoint_blocks, compile_blocks, derive, descend, fail, load_checkpoint,
+                    mean_over_ranks, one_line_errors, parse, provenance, rank, require_positive, reseed,
+                    save_checkpoint, setup, shutdown)
+from data import RandomStream, WorldStream
+from dmd import Clip, Discriminator, Head, Networks, Recipe, critic_gradients, student_gradients
 from encode import codec
-from evaluate import dream, evaluate, load_probe, samplers_of, table
-from flow import draw_sigma, schedule
-from model import ASSETS, PRESETS, compile_blocks, load, save
-from rollout import draw_keys, rollout, velocity_of, write_video
+from evaluate import load_probe, samplers_of
+from flow import schedule
+from health import Health, averaged, compare, critic_by_sigma, curves, figures, final_table, side_by_side
+from lora import Adapters
+from model import PRESETS, build_on, load, save
+from rollout import draw_plan, self_rollout, velocity_of
 
 
 @dataclass(frozen=True)
 class Config:
     """Stage 2 of BiWM: distribution matching distillation with self-rollout. Running the same command again resumes."""
     backbone: str = "tiny"          # a preset of model.py
-    teacher: str = ""               # stage-1 weights; empty: the shipped teacher
+    teacher: str = ""               # stage-1 weights; empty: the shipped teacher; random: for speed and memory only
     out: str = "runs/stage2"        # run folder
     steps: int = 60                 # student updates
     seed: int = 0                   # of everything random
     save_every: int = 20            # student updates between checkpoints
+    tune: str = "full"              # full: three networks; lora: two adapters on the teacher
+    rank: int = 32                  # of the adapters
     batch: int = 4                  # clips per rollout and process
-    frames: int = 12                # latent frames of a rollout, its real start included
+    accumulate: int = 1             # rollouts per update: as if the batch were so many times larger
+    frames: int = 12                # latent frames of a rollout, its real start included; may outgrow the window
     t2v: float = 0.15               # share of rollouts that start from nothing
     i2v: float = 0.15               # share that start from one real frame; the rest start from a chunk of real frames
+    past: int = 0                   # latent frames: a rollout that starts from a chunk may have a past of up to so many
+    grow: int = 0                   # curriculum: one chunk, and one more after each so many updates; 0: all at once
+    short: float = 0.0              # share of rollouts with fewer chunks than there could be
     denoise: int = 4                # denoising steps of the student
+    complete: bool = True           # finish the denoising of the history copy; otherwise the early x0 is history
     guidance: float = 0.0           # of the teacher, anchored at the unconditional prediction; 0: the preset's
+    gan: float = 0.0                # weight of the GAN on the critic's features
+    teacher_fkl: float = 0.0        # weight of the teacher's forward KL; it takes denoising step 0, DMD the others
+    real_fkl: float = 0.0           # weight of the forward KL to real data
+    sft: float = 0.0                # weight of the flow-matching anchor
     critic_steps: int = 5           # critic updates per student update
     critic_warmup: int = 2          # first steps in which only the critic learns
-    sigma_low: float = 0.02         # bounds of the noise levels of both losses, on the shifted sigma
+    sigma_low: float = 0.02         # bounds of the noise levels of DMD, critic and GAN, on the shifted sigma
     sigma_high: float = 0.98        # the law is truncated to them, not clamped
     lr: float = 1e-4                # of the student
     critic_lr: float = 2e-4         # of the critic
-    clip: float = 1.0               # global gradient norm of both
-    ema: float = 0.95               # decay of the averaged student, which is the result
+    head_lr: float = 1e-3           # of the discriminator's head, which starts from nothing
+    clip: float = 1.0               # global gradient norm of each
+    ema: float = 0.98               # decay of the averaged student, which is the result
     pool: int = 64                  # trajectories in memory, for starts and actions
     refresh: int = 25               # steps until they are replaced
-    preview: int = 16               # held-out sequences of the table at the end; 0: no table
+    validate: int = 0               # updates between validations, which keep the best student; 0: only at the end
+    preview: int = 16               # held-out sequences of validations and of the table at the end; 0: none
+    health: float = 4.0             # band around real data, in standard deviations over batches; 0: no watch
+    patience: int = 20              # updates in a row outside of it until the run saves and stops
+    recompute: bool = False         # recompute activations in the backward pass: less memory
     compile: bool = False           # torch.compile the transformer blocks
 
     def __post_init__(self):
-        require_positive(self, "steps", "save_every", "batch", "frames", "denoise", "critic_steps", "lr", "critic_lr",
-                         "clip", "pool", "refresh")
-        if self.backbone not in PRESETS:
-            raise ValueError(f"unknown backbone '{self.backbone}'; choose {', '.join(PRESETS)}")
-        if min(self.t2v, self.i2v) < 0 or self.t2v + self.i2v > 1:
-            raise ValueError(f"--t2v {self.t2v} and --i2v {self.i2v} are shares: not negative, at most 1 together")
-        if not 0 <= self.ema < 1 or self.guidance < 0:
-            raise ValueError(f"--ema {self.ema} is within 0..1, below 1; --guidance {self.guidance} is not negative")
-        if not 0 <= self.sigma_low < self.sigma_high <= 1:
-            raise ValueError(f"--sigma_low {self.sigma_low} must be below --sigma_high {self.sigma_high}, both in 0..1")
-        spec = PRESETS[self.backbone]
-        if not 2 * spec.chunk <= self.frames <= spec.window:
-            raise ValueError(f"--frames of {self.backbone} is {2 * spec.chunk}..{spec.window}, the teacher's window, "
-                             f"got {self.frames}")
-        if self.preview < 0 or self.critic_warmup < 0:
-            raise ValueError("--preview and --critic_warmup are not negative")
+        require_positive(self, "steps", "save_every", "batch", "accumulate", "rank", "denoise", "critic_steps", "lr",
+                         "critic_lr", "head_lr", "clip", "pool", "refresh", "patience")
+        negative = [f for f in ("past", "grow", "guidance", "gan", "teacher_fkl", "real_fkl", "sft", "critic_warmup",
+                                "validate", "preview", "health", "t2v", "i2v", "short", "ema") if getattr(self, f) < 0]
+        wrong = [
+            (negative, f"--{' --'.join(negative)} must not be negative"),
+            (self.backbone not in PRESETS, f"unknown backbone '{self.backbone}'; choose {', '.join(PRESETS)}"),
+            (self.tune not in ("full", "lora"), f"--tune is full or lora, got '{self.tune}'"),
+            (self.t2v + self.i2v > 1, f"--t2v {self.t2v} and --i2v {self.i2v} are shares, at most 1 together"),
+            (self.short > 1 or self.ema >= 1, f"--short {self.short} is at most 1, --ema {self.ema} below 1"),
+            (not 0 <= self.sigma_low < self.sigma_high <= 1,
+             f"--sigma_low {self.sigma_low} must be below --sigma_high {self.sigma_high}, both in 0..1"),
+            (self.teacher_fkl and self.denoise < 2, "--teacher_fkl takes one step for itself: --denoise 2 or more"),
+            (self.validate and not self.preview, "--validate needs sequences: --preview above 0"),
+            (self.preview and self.teacher == "random", "--teacher random dreams nothing to look at: --preview 0")]
+        for bad, message in wrong:
+            if bad:
+                raise ValueError(message)
+        if self.frames < 2 * PRESETS[self.backbone].chunk:
+            raise ValueError(f"--frames must hold two chunks of {PRESETS[self.backbone].chunk}, got {self.frames}")
 
 
-def draw_start(cfg, chunk, shared):
-    """Real frames a rollout starts from (0, 1 or a chunk) and its length: whole chunks after the start."""
-    u = shared.random()
-    n = 0 if u < cfg.t2v else 1 if u < cfg.t2v + cfg.i2v else chunk
-    return n, n + (cfg.frames - n) // chunk * chunk
+def networks(cfg, device):
+    """The callables; teacher, student and critic as backbones; the modules that learn; their values -> full weights.
+
+    All start from one checkpoint. What learns has fp32 weights; on a GPU the frozen teacher is bf16.
+    """
+    def network(dtype):
+        reseed(cfg.seed, "initialisation")
+        return build_on(device, dtype, cfg.backbone) if cfg.teacher == "random" else \
+            load(cfg.backbone, cfg.teacher, device, dtype)
+
+    teacher = network(torch.bfloat16 if device.type == "cuda" else torch.float32).requires_grad_(False).eval()
+    if teacher.control is None:
+        raise ValueError(f"{cfg.teacher} has no control parameters; stage 2 distils a stage-1 teacher")
+    if cfg.tune == "lora":
+        adapters = Adapters(teacher, ("student", "critic"), cfg.rank)
+        models, learning, using = [teacher] * 3, dict(adapters.sets), adapters.using
+        velocities = [adapters.velocity(velocity_of(teacher), name) for name in (None, "student", "critic")]
+        weights = lambda values: adapters.merged("student", values)
+    else:
+        learning = {name: network(torch.float32) for name in ("student", "critic")}
+        models, using, weights = [teacher, *learning.values()], lambda name: nullcontext(), lambda values: values
+        velocities = [velocity_of(model) for model in models]
+    discriminator = None
+    if cfg.gan:                                 # its hook must be there before anything is compiled
+        learning["head"] = Head(teacher.spec.dim).to(device)
+        discriminator = Discriminator(models[2], velocities[2], learning["head"])
+    for model in set(models):
+        model = checkpoint_blocks(model) if cfg.recompute else model
+        model = compile_blocks(model) if cfg.compile else model
+    return Networks(*velocities, discriminator, using), models, learning, weights
 
 
 def prepare(cfg):
-    """Three networks from one checkpoint, the data and the run folder; bad input ends here with one line."""
+    """Networks, data and the run folder; bad input ends here with one line."""
     device = setup()
-    coder = codec(cfg.backbone, device)
-    student, critic, teacher = (load(cfg.backbone, cfg.teacher, device) for _ in range(3))
-    if cfg.compile:
-        student, critic, teacher = (compile_blocks(net) for net in (student, critic, teacher))
-    if teacher.control is None:
-        raise ValueError(f"{cfg.teacher} has no control parameters; stage 2 distils a stage-1 teacher")
-    stream = WorldStream(coder, cfg.seed, cfg.pool, 24, cfg.refresh)
+    nets, models, learning, weights = networks(cfg, device)
+    if cfg.teacher == "random":
+        coder = stream = RandomStream(models[0].spec, cfg.seed, device)
+    else:
+        coder = codec(cfg.backbone, device)
+        stream = WorldStream(coder, cfg.seed, cfg.pool, max(24, cfg.frames + cfg.past), cfg.refresh * cfg.accumulate)
     if cfg.preview:
         load_probe(device)
-    return device, student, critic, teacher.requires_grad_(False).eval(), coder, stream, Run(cfg.out, cfg)
+    return device, nets, models, learning, weights, coder, stream, Run(cfg.out, cfg)
 
 
-def adamw(model, lr, device):
-    return torch.optim.AdamW(model.parameters(), lr, (0.0, 0.999), weight_decay=0.0, fused=device.type == "cuda")
+def adamw(module, lr, device):
+    return torch.optim.AdamW(module.parameters(), lr, (0.0, 0.999), weight_decay=0.0, fused=device.type == "cuda")
+
+
+def mean_of(dicts):
+    return {key: sum(d[key] for d in dicts) / len(dicts) for key in dicts[0]}
 
 
 def main(cfg):
     with one_line_errors():
-        device, student, critic, teacher, coder, stream, run = prepare(cfg)
-        student_opt, critic_opt = adamw(student, cfg.lr, device), adamw(critic, cfg.critic_lr, device)
-        ema = EMA(student, cfg.ema)
-        state = {"student": student, "critic": critic}, {"student": student_opt, "critic": critic_opt}, {"student": ema}
-        start = load_checkpoint(cfg.out, cfg.steps + cfg.critic_warmup, *state)
-    spec, guidance = student.spec, cfg.guidance or student.spec.guidance
-    student_v, critic_v, teacher_v = (velocity_of(net) for net in (student, critic, teacher))
-    sigmas, empty = schedule(cfg.denoise, spec.shift), coder.text([spec.negative])
+        device, nets, models, learning, weights, coder, stream, run = prepare(cfg)
+        rates = {"student": cfg.lr, "critic": cfg.critic_lr, "head": cfg.head_lr}
+        optimizers = {name: adamw(module, rates[name], device) for name, module in learning.items()}
+        ema, health, last = EMA(learning["student"], cfg.ema), Health(cfg.health), cfg.steps + cfg.critic_warmup
+        state = {**learning, "health": health}, optimizers, {"student": ema}
+        start, best = load_checkpoint(cfg.out, last, *state), run.folder / "best"
+    if start == 0 and rank() == 0:
+        shutil.rmtree(best, ignore_errors=True)                                 # of a run that is no more
+    spec = models[0].spec
+    sigmas, empty, share = schedule(cfg.denoise, spec.shift), coder.text([spec.negative]), 1 / cfg.accumulate
+    recipe = Recipe(cfg.guidance or spec.guidance, spec.shift, cfg.sigma_low, cfg.sigma_high, cfg.denoise, cfg.gan,
+                    cfg.teacher_fkl, cfg.real_fkl, cfg.sft)
+    shown, _, sampler = samplers_of(models[0], [models[1]], recipe.guidance, few=cfg.denoise)
 
-    for step in run.progress(start, cfg.steps + cfg.critic_warmup, "stage 2"):
+    for step in run.progress(start, last, "stage 2"):
         reseed(cfg.seed, "stage 2", rank(), step)
         shared = random.Random(derive(cfg.seed, "stage 2, all ranks", step))    # what every rank must draw alike
-        n, frames = draw_start(cfg, spec.chunk, shared)
-        grad_step = shared.randrange(cfg.denoise)
-        real = stream.batch(step, cfg.batch, frames)
-        if n <= 1 or shared.random() < 0.5:     # nothing is known of a motion before the start: when playing it is still
-            real.condition.control.actions[:, 0] = 0
-        mask = (torch.arange(frames, device=device) >= n).expand(cfg.batch, -1)         # [B, T] the generated frames
-        draw = lambda: draw_sigma(cfg.batch, spec.shift, cfg.sigma_low, cfg.sigma_high, device)
-        metrics = {}
+        updates, learns = max(0, step + 1 - cfg.critic_warmup), step >= cfg.critic_warmup
+        most = 1 + updates // cfg.grow if cfg.grow else None                    # curriculum: chunks of a rollout
+        plan = draw_plan(shared, spec, cfg.frames, cfg.t2v, cfg.i2v, cfg.past, most, cfg.short)
+        grad_step = shared.randrange(1 if cfg.teacher_fkl else 0, cfg.denoise)  # step 0 belongs to the forward KL
+        still = plan.start <= 1 or shared.random() < 0.5
+        stop = plan.frames - plan.first - spec.chunk * shared.randrange(plan.made // spec.chunk)
 
         # One rollout serves both: with gradient for the student, detached for the critic.
-        with torch.set_grad_enabled(step >= cfg.critic_warmup):
-            x0 = rollout(student_v, real.condition, real.x0[:, :, :n], frames, sigmas, spec.chunk, spec.window,
-                         lambda shape: torch.randn(shape, device=device), grad_step=grad_step)   # [B, C, T, H, W]
-
-        if step >= cfg.critic_warmup:
-            loss, stats = dmd_loss(teacher_v, critic_v, x0, real.condition, real.condition.null(empty),
-                                   draw(), guidance, mask)
-            loss.backward()
-            norm = descend(student_opt, cfg.clip, "the student")
-            ema.update(student)
-            metrics |= {"dmd": loss.detach(), **stats, "student_norm": norm, "std": x0.detach()[:, :, n:].std()}
+        clips, notes, looks, metrics = [], [], [], {}
+        for i in range(cfg.accumulate):
+            real = stream.batch(step * cfg.accumulate + i, cfg.batch, plan.frames)
+            if still:       # nothing is known of a motion before the start: when playing it is still
+                real.condition.control.actions[:, 0] = 0
+            with torch.set_grad_enabled(learns):
+                x0, clean = self_rollout(nets.student, real.condition, real.x0[:, :, :plan.start], plan, spec, sigmas,
+                                         lambda shape: torch.randn(shape, device=device), grad_step, cfg.complete)
+            cond = real.condition.frames(plan.first, plan.frames)
+            clips.append(Clip(x0[:, :, plan.first:], real.x0[:, :, plan.first:], cond, cond.null(empty),
+                              plan.mask(cfg.batch, device)))
+            if learns:
+                notes.append(student_gradients(nets, recipe, clips[-1], stop, spec.chunk, share))
+                looks.append(compare(clean, real.x0, plan.start, spec.chunk))
+        if learns:
+            metrics = mean_of(notes) | {"student_norm": descend(optimizers["student"], cfg.clip, "the student")}
+            ema.update(learning["student"])
+            metrics |= health.update(mean_over_ranks(mean_of(looks)))
 
         # The critic learns the velocity field of what the student just made: several updates for the student's one.
+        errors = []
         for _ in range(cfg.critic_steps):
-            loss = critic_loss(critic_v, x0, real.condition, draw(), mask)
-            loss.backward()
-            norm = descend(critic_opt, cfg.clip, "the critic")
-        run.log(step, student_updates=max(0, step + 1 - cfg.critic_warmup),
-                critic_updates=(step + 1) * cfg.critic_steps, critic=loss.detach(), critic_norm=norm, **metrics)
+            notes, by_sigma = zip(*(critic_gradients(nets, recipe, clip, share) for clip in clips))
+            errors += by_sigma
+            metrics |= mean_of(notes) | {f"{name}_norm": descend(optimizers[name], cfg.clip, f"the {name}")
+                                         for name in learning if name != "student"}
+        metrics |= critic_by_sigma(errors)
 
-        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps + cfg.critic_warmup:
+        better = False
+        if learns and cfg.validate and updates % cfg.validate == 0:
+            with averaged(learning["student"], ema), nets.using("student"):
+                metrics |= figures(sampler, coder, cfg.preview)
+                if rank() == 0:
+                    side_by_side(run.folder / f"validation-{updates:06d}.mp4", coder, shown, sampler, nets)
+            better = health.improves(metrics["val_frechet"])
+        run.log(step, student_updates=updates, critic_updates=(step + 1) * cfg.critic_steps, **metrics)
+
+        sick = cfg.health and health.outside >= cfg.patience
+        if cfg.health and health.outside == 1 and rank() == 0:
+            run.bar.write(f"warning, update {updates}: {'; '.join(health.complaints())}")
+        due = (step + 1) % cfg.save_every == 0 or step + 1 == last or sick
+        for folder in [run.folder] * bool(due) + [best] * better:
             if rank() == 0:                     # before the checkpoint: a complete one never lacks its weights
-                notes = {"stage": 2, "updates": step + 1 - cfg.critic_warmup, "seed": cfg.seed, **provenance()}
-                save(student, run.folder / "student.safetensors", weights=ema.average, **notes)
-            save_checkpoint(cfg.out, step + 1, *state)
+                folder.mkdir(exist_ok=True)
+                notes = {"stage": 2, "updates": updates, "seed": cfg.seed, **provenance()}
+                save(models[1], folder / "student.safetensors", weights=weights(ema.average), **notes)
+                if cfg.tune == "lora":
+                    save(models[1], folder / "adapter.safetensors", weights=ema.average, alpha=cfg.rank, **notes)
+            save_checkpoint(folder, step + 1, *state)
+        if sick:
+            fail(f"for {cfg.patience} updates the student has been unlike real data: {'; '.join(health.complaints())}. "
+                 f"All is saved in {run.folder}; lower --lr or change the terms, or go on with --health 0")
     if rank() == 0:
-        finish(cfg, run, teacher, coder, guidance)
+        finish(cfg, run, coder, models[0], recipe.guidance, nets)
     shutdown()
 
 
-def finish(cfg, run, teacher, coder, guidance):
+def finish(cfg, run, coder, teacher, guidance, nets):
     """Curves, the table and a side-by-side video, made from the weights that were saved."""
-    device = coder.device
     curves(run.folder)
-    if not cfg.preview:
-        return
-    student = load(cfg.backbone, run.folder / "student.safetensors", device)
-    rows = samplers_of(teacher, [student], guidance, few=cfg.denoise)
-    stored = ASSETS / f"{cfg.backbone}-stage1.json"
-    known = not cfg.teacher and guidance == teacher.spec.guidance and stored.exists()   # it costs 25 times the student
-    results, videos, trips = evaluate(rows[1:] if known else rows, cfg.preview, 1000, device)
-    if known:
-        figures = json.loads(stored.read_text())["figures"][rows[0].name]
-        figures = {k: v for k, v in figures.items() if k not in ("frechet", "ms a chunk")}  # of other counts, hardware
-        results = {f"{rows[0].name} (stored: 256 others)": figures, **results}
-    print(f"\nPreview on {cfg.preview} held-out sequences (for acceptance: python evaluate.py)\n{table(results)}")
-    one, truth = trips.part(0, 1), videos["truth"][:1]
-    side = {"truth": truth, rows[0].name: dream(rows[0], coder, one, truth, 1000),
-            rows[2].name: videos[rows[2].name][:1]}
-    frames = draw_keys(torch.cat([video[0] for video in side.values()], 2), one.actions[0], 3, list(side))
-    write_video(run.folder / "compare.mp4", frames, teacher.spec.fps)
-    (run.folder / "preview.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(f"\nwrote {run.folder}: student.safetensors, compare.mp4, curves.png, preview.json, log.jsonl, config.json")
-
-
-def curves(folder):
-    """curves.png: every logged figure against the step."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    names = [k for k in lines[-1] if k not in ("step", "seconds", "student_updates", "critic_updates")]
-    figure, axes = plt.subplots(2, (len(names) + 1) // 2, figsize=(12, 5), squeeze=False, layout="constrained")
-    for axis, name in zip(axes.flat, names):
-        points = [(line["step"], line[name]) for line in lines if name in line]
-        axis.plot(*zip(*points), lw=1)
-        axis.set(title=name, xlabel="step")
-        axis.grid(alpha=0.3)
-    figure.savefig(folder / "curves.png", dpi=110)
-    plt.close(figure)
+    if cfg.preview:
+        student = load(cfg.backbone, run.folder / "student.safetensors", coder.device)
+        rows = samplers_of(teacher, [student], guidance, few=cfg.denoise)
+        final_table(run.folder, coder, rows, cfg.preview, not cfg.teacher and guidance == teacher.spec.guidance)
+        side_by_side(run.folder / "compare.mp4", coder, rows[0], rows[2], nets)
+        print(f"\nwrote {run.folder}: student.safetensors, compare.mp4, preview.json, curves.png, log.jsonl")
 
 
 if __name__ == "__main__":

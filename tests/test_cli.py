@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import common
 import evaluate
+import play
 import rollout
 import train_stage1
 import train_stage2
@@ -163,7 +164,8 @@ BAD = [("train_stage1.py", ["--stepz", "3"], "--stepz"), ("train_stage1.py", ["-
        ("rollout.py", ["--actions", "w-3, q-2"], "column 6"), ("rollout.py", ["--out", "walk.txt"], ".mp4 or .gif"),
        ("rollout.py", ["--weights", "/gone.safetensors"], "/gone.safetensors"), ("rollout.py", ["--steps", "0"], "--steps"),
        ("rollout.py", ["--out", "/proc/walk.mp4"], "/proc/walk.mp4"),
-       ("evaluate.py", ["--clips", "0"], "--clips must be above 0"), ("rollout.py", ["--map", "7"], "0..3")]
+       ("evaluate.py", ["--clips", "0"], "--clips must be above 0"), ("rollout.py", ["--map", "7"], "0..3"), ("rollout.py", ["--image", "/gone.png"], "/gone.png"),
+       ("rollout.py", ["--image", "assets/play.png", "--truth"], "no --image")]
 
 
 @pytest.mark.parametrize("script, flags, words", BAD, ids=[f"{s} {' '.join(f)}" for s, f, _ in BAD])
@@ -186,11 +188,19 @@ def test_a_checkpoint_of_another_preset_is_refused(trained, tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())                                                 # before anything was written
 
 
-@pytest.mark.parametrize("module", [train_stage1, train_stage2, evaluate, rollout])
+@pytest.mark.parametrize("module", [train_stage1, train_stage2, evaluate, rollout, play])
 def test_every_setting_is_read(module):
     source = Path(module.__file__).read_text()
     for field in module.Config.__dataclass_fields__:
         assert re.search(rf"cfg\.{field}\b", source), f"{module.__name__}.Config.{field} is read nowhere"
+
+
+@pytest.mark.parametrize("flags", [[], ["--seed", "7", "--truth", "--prompt", "a b"], ["--steps", "9", "--guidance", "2.5", "--ode"]])
+def test_a_command_line_can_be_told_from_its_settings(flags):
+    config = common.parse(rollout.Config, flags)
+    assert common.parse(rollout.Config, common.command_line(config)) == config
+    assert common.command_line(play.Config(browser=False)) == ["--no-browser"]
+    assert set(common.command_line(config)) == set(flags)
 
 
 @pytest.mark.parametrize("command", ["control.py w-2,w+right-3", "model.py wan2.1-1.3b"])

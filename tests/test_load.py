@@ -15,7 +15,8 @@ from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model
-from model import PRESETS, attention, build, checkpoint_blocks, compile_blocks, load, save, weight_files
+from common import checkpoint_blocks, compile_blocks
+from model import PRESETS, attention, build, load, save, weight_files
 
 TINY = dict(dim=64, heads=4, ffn=112, layers=2, text_dim=64, freq_dim=32, rope_dims=(4, 6, 6))
 OFFICIAL = [name for name, spec in PRESETS.items() if "/" in spec.source]
@@ -80,6 +81,16 @@ def test_every_layout_of_an_official_checkpoint_loads(official, tmp_path, monkey
         assert all(torch.equal(loaded[key], value) for key, value in tensors.items()), layout
     wanted = [PRESETS[name].file, f"{PRESETS[name].file}.index.json"]
     assert asked == [((PRESETS[name].source,), {"allow_patterns": wanted})]             # of hundreds of gigabytes
+
+
+def test_a_repository_of_many_models_has_this_one_in_a_folder(tmp_path):
+    tensors = build(NAME, control=None, **TINY).state_dict()
+    for size in ("480p", "720p"):
+        (tmp_path / "transformer" / size).mkdir(parents=True)
+        save_file(tensors, tmp_path / "transformer" / size / "model.safetensors")
+    for source in (tmp_path, tmp_path / "transformer" / "480p"):
+        loaded = load(NAME, source, file="transformer/480p/model.safetensors", **TINY)
+        assert all(torch.equal(value, tensors[key]) for key, value in loaded.state_dict().items())
 
 
 def test_the_native_size_is_known_from_its_header(tmp_path, monkeypatch):

@@ -1,14 +1,24 @@
-"""What the two training scripts feed their losses."""
+"""What the training scripts feed their losses; stage 2's whole runs: state, its best student, why it stops."""
 
+import json
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
 
+import common
+import dmd
+import health
+import model
 import train_stage1 as one
 import train_stage2 as two
 from control import NO_ACTION, Condition, Control
+from flow import schedule
 
 B, T = 400, 12
 SPEC = SimpleNamespace(chunk=4, shift=3.0)
@@ -57,15 +67,136 @@ def test_captions_and_actions_are_dropped_together_and_apart():
     assert (CONDITION.control.actions == 9).all()                                       # the batch itself is untouched
 
 
-def test_starts_of_stage_2_are_text_image_and_video_in_whole_chunks():
-    shared, cfg = random.Random(0), two.Config()
-    starts = [two.draw_start(cfg, 4, shared) for _ in range(2000)]
-    assert set(starts) == {(0, 12), (1, 9), (4, 12)}
-    assert sum(n == 0 for n, _ in starts) / 2000 == pytest.approx(cfg.t2v, abs=0.03)
-    assert sum(n == 1 for n, _ in starts) / 2000 == pytest.approx(cfg.i2v, abs=0.03)
-
-
 def test_the_learning_rate_warms_up_and_falls_to_zero():
     cfg = one.Config(steps=1000, warmup=100, lr=1e-3)
     rates = [one.learning_rate(s, cfg) for s in range(1000)]
     assert rates[0] == pytest.approx(1e-5) and max(rates) == pytest.approx(1e-3, rel=0.05) and rates[-1] < 1e-8
+
+
+# ---- Stage 2, whole runs of a very small network ---------------------------------------------------------------------
+
+@pytest.fixture
+def stage2(monkeypatch, tmp_path):
+    """stage2(name, *flags) runs the script into tmp_path / name and returns what it logged."""
+    monkeypatch.setitem(model.PRESETS, "tiny", replace(model.TINY, layers=2, dim=24, heads=2, ffn=32))
+    monkeypatch.setattr(two, "setup", lambda: torch.device("cpu"))                      # one thread is enough
+    monkeypatch.setattr(two, "curves", lambda folder: None)
+    torch.manual_seed(0)
+    teacher = model.build("tiny")
+    for p in teacher.parameters():
+        nn.init.normal_(p, std=0.1)
+    model.save(teacher, tmp_path / "teacher.safetensors")
+
+    def run(name, *flags):
+        two.main(common.parse(two.Config, [
+            "--out", str(tmp_path / name), "--teacher", str(tmp_path / "teacher.safetensors"), "--batch", "2",
+            "--pool", "4", "--critic_warmup", "0", "--critic_steps", "1", "--preview", "0", "--steps", "1",
+            *map(str, flags)]))
+        return lines(name)
+
+    def lines(name):
+        logged = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in line.items() if k != "seconds"} for line in logged]
+    run.folder, run.lines = tmp_path, lines
+    return run
+
+
+EVERYTHING = ("--tune", "lora", "--rank", 4, "--gan", 0.1, "--teacher_fkl", 0.1, "--real_fkl", 0.1, "--sft", 0.1,
+              "--accumulate", 2, "--past", 8, "--frames", 20, "--grow", 2, "--short", 0.3)
+
+
+@pytest.mark.parametrize("flags", [EVERYTHING, ("--gan", 0.1, "--no-complete")], ids=["adapters, all terms", "full, GAN"])
+def test_a_run_cut_in_two_ends_with_the_bits_of_a_whole_one(stage2, flags, monkeypatch):
+    whole = stage2("whole", "--steps", 4, "--save_every", 2, *flags)
+    log = common.Run.log
+
+    def dying(self, step, **metrics):
+        if step == 3:
+            raise KeyboardInterrupt
+        log(self, step, **metrics)
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Run, "log", dying)
+        with pytest.raises(KeyboardInterrupt):
+            stage2("parts", "--steps", 4, "--save_every", 2, *flags)
+    assert len(stage2.lines("parts")) == 3                                              # one line is to be made again
+    assert stage2("parts", "--steps", 4, "--save_every", 2, *flags) == whole
+    for file in {"student", "adapter"} if "lora" in flags else {"student"}:
+        a, b = (load_file(stage2.folder / name / f"{file}.safetensors") for name in ("whole", "parts"))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert {"dmd", "gan", "gan_critic", "head_norm", "motion", "saturation", "std"} <= whole[-1].keys()
+    assert any(k.startswith("critic_0.") for k in whole[-1])
+    assert whole[-1]["student_updates"] == whole[-1]["critic_updates"] == 4
+
+
+def test_adapters_and_full_tuning_agree_at_the_first_step(stage2):
+    full, lora = (stage2(tune, "--tune", tune)[0] for tune in ("full", "lora"))
+    for name in ("dmd", "dmd_gradient", "critic", "std", "motion"):                     # all from before any update
+        assert full[name] == lora[name], name
+    weights = load_file(stage2.folder / "lora" / "student.safetensors")
+    assert weights.keys() == load_file(stage2.folder / "full" / "student.safetensors").keys()
+
+
+def test_exit_steps_of_dmd_and_of_the_forward_kl_never_coincide(stage2, monkeypatch):
+    exits, levels, rolled, kl = [], [], two.self_rollout, dmd.teacher_fkl_loss
+    monkeypatch.setattr(two, "self_rollout", lambda *a: exits.append(a[7]) or rolled(*a))
+    monkeypatch.setattr(dmd, "teacher_fkl_loss", lambda *a: levels.append(a[5]) or kl(*a))
+    stage2("with", "--teacher_fkl", 0.1, "--steps", 16, "--denoise", 3)
+    sigmas = schedule(3, model.TINY.shift)
+    assert set(exits) == {1, 2} and len(levels) == 16
+    assert all(l[0] == sigmas[0] and l[-1] == pytest.approx(sigmas[1], abs=1e-12) for l in levels)  # the student's step 0
+    exits.clear()
+    stage2("without", "--steps", 16, "--denoise", 3)
+    assert set(exits) == {0, 1, 2}
+
+
+def test_the_critic_learns_alone_at_first_and_more_often_after(stage2):
+    logged = stage2("run", "--steps", 2, "--critic_warmup", 2, "--critic_steps", 3)
+    assert [line["student_updates"] for line in logged] == [0, 0, 1, 2]
+    assert [line["critic_updates"] for line in logged] == [3, 6, 9, 12]
+    assert ["dmd" in line for line in logged] == [False, False, True, True]
+
+
+def test_the_best_student_is_kept_besides_the_last(stage2, monkeypatch):
+    scores = {1: 3.0, 2: 1.0, 3: 2.0}
+    monkeypatch.setattr(two, "load_probe", lambda device: None)
+    monkeypatch.setattr(two, "side_by_side", lambda path, *rest: path.write_text("video"))
+    monkeypatch.setattr(two, "final_table", lambda *rest: None)
+    monkeypatch.setattr(two, "figures", lambda *rest: {
+        "val_frechet": scores[len(list(stage2.folder.glob("run/validation*.mp4"))) + 1]})
+    logged = stage2("run", "--steps", 3, "--validate", 1, "--preview", 2)
+    assert [line["val_frechet"] for line in logged] == [3.0, 1.0, 2.0]
+    headers = {}
+    for name, place in (("best", "run/best"), ("last", "run")):
+        with safe_open(stage2.folder / place / "student.safetensors", "pt") as file:
+            headers[name] = file.metadata()["updates"]
+    assert headers == {"best": "2", "last": "3"}
+    assert [p.name for p in (stage2.folder / "run" / "best").glob("checkpoint-*")] == ["checkpoint-00000002"]
+
+
+@pytest.mark.parametrize("bad", [900.0, float("nan")])
+def test_a_student_unlike_the_data_is_a_warning_and_then_a_stop_with_all_saved(stage2, monkeypatch, capsys, bad):
+    compare, calls = two.compare, []
+
+    def sick(*args):
+        calls.append(args)
+        return compare(*args) | ({("made", "saturation"): torch.tensor(bad)} if len(calls) > 3 else {})
+    monkeypatch.setattr(two, "compare", sick)
+    monkeypatch.setattr(health, "MADE_STEPS", 2)
+    monkeypatch.setattr(health, "SPREAD_FLOOR", 1.0)                                    # this network is not a good one
+    with pytest.raises(SystemExit, match="for 2 updates .* unlike real data: saturation .* real data .* --health 0"):
+        stage2("run", "--steps", 9, "--patience", 2, "--save_every", 9)
+    assert "warning, update 4: saturation" in capsys.readouterr().out
+    assert len(stage2.lines("run")) == 5                                                # three well, two ill
+    assert {"checkpoint-00000005", "student.safetensors"} <= {path.name for path in (stage2.folder / "run").iterdir()}
+    with pytest.raises(SystemExit, match="for 2 updates"):                              # its judgement was saved as well
+        stage2("run", "--steps", 9, "--patience", 2, "--save_every", 9)
+    monkeypatch.setattr(two, "compare", compare)
+    assert len(stage2("run", "--steps", 8, "--patience", 2, "--save_every", 9, "--health", 0)) == 8
+
+
+def test_random_weights_of_a_backbone_without_codec_run_the_same_loop(stage2, monkeypatch):
+    monkeypatch.setitem(model.PRESETS, "wan2.1-1.3b", replace(
+        model.WAN21, layers=1, dim=24, heads=2, ffn=32, size=(5, 32, 32), text_dim=16, text_len=8))
+    logged = stage2("run", "--backbone", "wan2.1-1.3b", "--teacher", "random", "--frames", 20, "--t2v", 1, "--i2v", 0,
+                    "--tune", "lora", "--recompute")
+    assert logged[0]["student_updates"] == 1 and logged[0]["critic"] > 0

@@ -166,8 +166,9 @@ def labels_from_poses(c2w, step=None, smooth=False):
     frame, as in a walk of exact poses, would be lost.
     """
     c2w = check_poses(c2w)
-    t, r = (invert(c2w[..., :-1, :, :]) @ c2w[..., 1:, :, :])[..., :3, :].split([3, 1], -1)[::-1]   # of E_i
-    t, distance = t[..., 0], t[..., 0].norm(dim=-1)                                     # [..., T-1, 3], [..., T-1]
+    motions = invert(c2w[..., :-1, :, :]) @ c2w[..., 1:, :, :]                          # E_i [..., T-1, 4, 4]
+    r, t = motions[..., :3, :3], motions[..., :3, 3]
+    distance = t.norm(dim=-1)                                                           # [..., T-1]
     if step is not None or not distance.numel():
         threshold = TRANSLATION_SHARE * (step or 0)
     else:

@@ -139,10 +139,12 @@ class Injection(nn.Module):
         elif kind == "text":        # encoded once and kept in checkpoints; no parameters
             if sentences is None or sentences.ndim != 3 or len(sentences) != len(SENTENCES):
                 raise ValueError("control text needs the 81 camera sentences as text states [81, S, E]")
-            self.register_buffer("sentences", sentences)
+            self.register_buffer("sentences", sentences.to(torch.get_default_device()))
         elif kind == "plucker":
             self.plucker = PlueckerAdapter(spec)
         else:
+            if spec.dim % (4 * spec.heads):
+                raise ValueError(f"control prope needs heads of 4 n channels, not {spec.dim / spec.heads:g}")
             self.prope = nn.ModuleList(zero(spec.dim, spec.dim) for _ in range(spec.layers))
         self.kinds.append(kind)
         self.reads.update(KINDS[kind][0])
@@ -165,7 +167,8 @@ class Injection(nn.Module):
             words = (self.sentences != 0).any(-1)[a] & (a >= 0)[..., None]              # zero rows are padding
             signal["sentences"] = Sentences(self.sentences, a, words)
         if "plucker" in self.kinds:
-            signal["tokens"] = self.plucker(control.K, control.c2w, H // patch[1], W // patch[2]) * given
+            tokens = self.plucker(control.K, control.c2w, H // patch[1], W // patch[2])
+            signal["tokens"] = tokens * given.to(tokens.dtype)                          # or a bf16 stream would widen
         if "prope" in self.kinds:
             P, inverse = projections(control.K, control.c2w)                            # [B, T, 4, 4]
             signal["branches"] = {i: Branch(P.mT, inverse, P * given, out) for i, out in enumerate(self.prope)}

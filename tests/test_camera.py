@@ -173,8 +173,12 @@ def test_w2c_passed_as_c2w_is_seen_where_it_shows():
         except ValueError as error:
             caught += "look like w2c, not c2w" in str(error) and "camera" in str(error)
     assert caught >= 0.8 * len(walks)
-    with pytest.raises(ValueError, match="look like w2c"):                              # pitch and yaw: w2c would roll
-        check_direction(invert(WALK))
+    level, away = poses_from_labels(torch.tensor([0] + [3, 9] * 8), 0.3, 9.0), torch.eye(4).double()
+    away[:3, 3] = torch.tensor([5, 0, -7])                                              # the world begins elsewhere
+    for walk in (WALK, away @ level):               # pitch and yaw: read as w2c it rolls; yaw alone: it jumps
+        check_direction(walk)
+        with pytest.raises(ValueError, match="look like w2c, not c2w .as c2w they jump at camera"):
+            check_direction(invert(walk))
     check_direction(poses_from_labels(torch.tensor([0] + [40] * 30), 0.3, 9.0))         # an orbit, from its first camera
 
 

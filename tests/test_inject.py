@@ -1,5 +1,7 @@
 """Injections: without effect until trained, able to learn everywhere, and true to their equations."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -30,18 +32,24 @@ each = pytest.mark.parametrize("name", BACKBONES)
 T = 41                                                                                  # two clips hold all 81 labels
 
 
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch):
+    monkeypatch.setattr(inject.PlueckerAdapter, "WIDTH", 16)                            # speed
+
+
 def sentences(width, S=6):
     """Random states [81, S, width], 2 to S rows of them before the zeros."""
     return torch.randn(81, S, width) * (torch.arange(S) < torch.randint(2, S + 1, (81, 1)))[..., None]
 
 
-def random_model(name, kind, trained=False):
+def random_model(name, kind, trained=False, **changes):
     """Every parameter of the network random, its control as it is attached or (trained) random too; and its inputs."""
     refused = {*ARCHITECTURES[preset(name).arch].refuses} & {*kind.split("+")}
     if refused:
         pytest.skip(f"{name} has no place for {refused}, and says why")
     torch.manual_seed(0)
     fields, text = BACKBONES[name]
+    fields = {**fields, **changes}
     model = build(name, kind, sentences(fields.get("text_dim", 64)), **fields)
     for key, p in model.named_parameters():
         if trained or not key.startswith("control."):
@@ -57,12 +65,14 @@ def random_model(name, kind, trained=False):
 
 @each
 @pytest.mark.parametrize("kind", SILENT)
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
 @torch.no_grad()
-def test_an_untrained_control_leaves_every_bit_as_it_was(name, kind):
+def test_an_untrained_control_leaves_every_bit_as_it_was(name, kind, half):
     model, inputs, control = random_model(name, kind)
-    told, silent = model(*inputs, control), model(*inputs)
-    model.control = None
-    assert torch.equal(told, model(*inputs)) and torch.equal(silent, told) and told.std() > 0.01
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        told, silent = model(*inputs, control), model(*inputs)
+        model.control = None
+        assert torch.equal(told, model(*inputs)) and torch.equal(silent, told) and told.std() > 0.01
 
 
 @each
@@ -134,6 +144,21 @@ def test_the_commanded_direction_comes_out(kind):
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------
+
+@each
+@torch.no_grad()
+def test_a_frame_is_told_what_a_longer_caption_would_tell_it(name):
+    """In a network of one block nothing that other frames heard has reached a frame yet."""
+    model, (x, sigma, text), control = random_model(name, "text", layers=1)
+    told, states = model(x, sigma, text, control), model.control.sentences
+    caption = text["text"] if name[:3] == "ltx" else F.pad(text["text"], (0, 0, 0, model.spec.text_len - text["text"].shape[1]))
+    for b, t in ((0, 0), (0, 17), (1, 5), (1, 40)):
+        sentence = states[control.actions[b, t]]
+        context = torch.cat([caption[b], sentence[(sentence != 0).any(-1)]])[None]
+        model.spec = replace(model.spec, text_len=context.shape[1])                     # or Wan would pad it
+        expected = model(x[b:b + 1], sigma[b:b + 1], {"text": context})[0, :, t]
+        torch.testing.assert_close(told[b, :, t], expected, atol=1e-5, rtol=0)
+
 
 @torch.no_grad()
 def test_each_frame_hears_its_own_sentence_beside_the_caption():

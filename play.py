@@ -137,7 +137,7 @@ class Session:
         self.video = imageio.get_writer(self.path, fps=self.spec.fps, **H264)
 
     def cut(self):
-        """End the recording, if there is one, with the command that makes it again beside it."""
+        """End the recording, if any. Beside it: the command that makes the same video again on this machine."""
         if not self.video:
             return {}
         video, self.video = self.video, None

@@ -266,10 +266,10 @@ def main(cfg):
     long, short = held_out(cfg.clips, SEED, cfg.seconds * SECOND), held_out(cfg.clips, SEED)
     truth, view = long.video(device).cpu(), short.video(device).cpu()
     coded, results = coder.decode(coder.encode(truth)), {}
-    guided, *_ = samplers_of(teacher, None, teacher.spec.guidance)
+    guided, *_ = samplers_of(teacher, [], teacher.spec.guidance)
     reference = diversity(guided, coder, short, view, cfg.seeds)
     for name, model in students.items():
-        sampler = samplers_of(teacher, model, 1.0)[2]
+        sampler = samplers_of(teacher, [model], 1.0)[2]
         rows = drift(dream(sampler, coder, long, truth, SEED), coded, long, probe)
         spread = diversity(sampler, coder, short, view, cfg.seeds)
         next(iter(rows.values()))["diversity"] = [x / reference[0] for x in spread]     # of the first four seconds

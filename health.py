@@ -53,10 +53,7 @@ def compare(made, real, start, chunk):
 
 
 def critic_by_sigma(errors):
-    """{name: mean} over all ranks of pairs (error [B], sigma [B]), by bin of the noise level; an empty bin has no name.
-
-    A critic that lags behind the student shows it first where there is little noise.
-    """
+    """{name: mean} over all ranks of pairs (error [B], sigma [B]), by bin of the noise level; empty bins have none."""
     error, sigma = (torch.cat(x) for x in zip(*errors))
     at = (sigma * BINS).long().clamp(max=BINS - 1)
     sums = {(what, i): (x * (at == i)).sum() for what, x in (("error", error), ("count", torch.ones_like(error)))
@@ -98,7 +95,7 @@ class Health(nn.Module):
     def improves(self, metric):
         """Is this validation metric the smallest so far? It is remembered."""
         better = metric < self.best
-        self.best.copy_(torch.minimum(self.best, torch.tensor(metric)))
+        self.best.copy_(torch.minimum(self.best, torch.tensor(metric, dtype=torch.float64)))
         return bool(better)
 
     def complaints(self):

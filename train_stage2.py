@@ -129,18 +129,14 @@ def networks(cfg, device):
     return Networks(*velocities, discriminator, using), models, learning, weights
 
 
-def prepare(cfg):
-    """Networks, data and the run folder; bad input ends here with one line."""
-    device = setup()
-    nets, models, learning, weights = networks(cfg, device)
+def data(cfg, spec, device):
+    """The codec and the stream of clips."""
     if cfg.teacher == "random":
-        coder = stream = RandomStream(models[0].spec, cfg.seed, device)
-    else:
-        coder = codec(cfg.backbone, device)
-        stream = WorldStream(coder, cfg.seed, cfg.pool, max(24, cfg.frames + cfg.past), cfg.refresh * cfg.accumulate)
+        return (RandomStream(spec, cfg.seed, device),) * 2
     if cfg.preview:
         load_probe(device)
-    return device, nets, models, learning, weights, coder, stream, Run(cfg.out, cfg)
+    coder = codec(cfg.backbone, device)
+    return coder, WorldStream(coder, cfg.seed, cfg.pool, max(24, cfg.frames + cfg.past), cfg.refresh * cfg.accumulate)
 
 
 def adamw(module, lr, device):
@@ -152,8 +148,11 @@ def mean_of(dicts):
 
 
 def main(cfg):
-    with one_line_errors():
-        device, nets, models, learning, weights, coder, stream, run = prepare(cfg)
+    with one_line_errors():                     # bad input ends here, with one line and before anything is written
+        device, spec = setup(), PRESETS[cfg.backbone]
+        nets, models, learning, weights = networks(cfg, device)
+        coder, stream = data(cfg, spec, device)
+        run = Run(cfg.out, cfg)
         rates = {"student": cfg.lr, "critic": cfg.critic_lr, "head": cfg.head_lr}
         optimizers = {name: adamw(module, rates[name], device) for name, module in learning.items()}
         ema, health, last = EMA(learning["student"], cfg.ema), Health(cfg.health), cfg.steps + cfg.critic_warmup
@@ -161,7 +160,6 @@ def main(cfg):
         start, best = load_checkpoint(cfg.out, last, *state), run.folder / "best"
     if start == 0 and rank() == 0:
         shutil.rmtree(best, ignore_errors=True)                                 # of a run that is no more
-    spec = models[0].spec
     sigmas, empty, share = schedule(cfg.denoise, spec.shift), coder.text([spec.negative]), 1 / cfg.accumulate
     recipe = Recipe(cfg.guidance or spec.guidance, spec.shift, cfg.sigma_low, cfg.sigma_high, cfg.denoise, cfg.gan,
                     cfg.teacher_fkl, cfg.real_fkl, cfg.sft)
@@ -171,7 +169,7 @@ def main(cfg):
         reseed(cfg.seed, "stage 2", rank(), step)
         shared = random.Random(derive(cfg.seed, "stage 2, all ranks", step))    # what every rank must draw alike
         updates, learns = max(0, step + 1 - cfg.critic_warmup), step >= cfg.critic_warmup
-        most = 1 + updates // cfg.grow if cfg.grow else None                    # curriculum: chunks of a rollout
+        most = 1 + max(0, updates - 1) // cfg.grow if cfg.grow else None        # curriculum: chunks of a rollout
         plan = draw_plan(shared, spec, cfg.frames, cfg.t2v, cfg.i2v, cfg.past, most, cfg.short)
         grad_step = shared.randrange(1 if cfg.teacher_fkl else 0, cfg.denoise)  # step 0 belongs to the forward KL
         still = plan.start <= 1 or shared.random() < 0.5
@@ -229,6 +227,8 @@ def main(cfg):
                 save(models[1], folder / "student.safetensors", weights=weights(ema.average), **notes)
                 if cfg.tune == "lora":
                     save(models[1], folder / "adapter.safetensors", weights=ema.average, alpha=cfg.rank, **notes)
+                if sick:
+                    curves(run.folder)
             save_checkpoint(folder, step + 1, *state)
         if sick:
             fail(f"for {cfg.patience} updates the student has been unlike real data: {'; '.join(health.complaints())}. "

@@ -102,7 +102,7 @@ def stage2(monkeypatch, tmp_path):
 
 
 EVERYTHING = ("--tune", "lora", "--rank", 4, "--gan", 0.1, "--teacher_fkl", 0.1, "--real_fkl", 0.1, "--sft", 0.1,
-              "--accumulate", 2, "--past", 8, "--frames", 20, "--grow", 2, "--short", 0.3)
+              "--accumulate", 2, "--past", 8, "--frames", 32, "--grow", 1, "--short", 0.1)
 
 
 @pytest.mark.parametrize("flags", [EVERYTHING, ("--gan", 0.1, "--no-complete")], ids=["lora, all", "full, GAN"])
@@ -152,6 +152,13 @@ def test_exit_steps_of_dmd_and_of_the_forward_kl_never_coincide(stage2, monkeypa
     exits.clear()
     stage2("without", "--steps", 10, "--denoise", 3)
     assert set(exits) == {0, 1, 2}
+
+
+def test_the_curriculum_starts_with_one_chunk_and_adds_one_at_a_time(stage2, monkeypatch):
+    frames, rolled = [], two.self_rollout
+    monkeypatch.setattr(two, "self_rollout", lambda *a: frames.append(a[3].frames) or rolled(*a))
+    stage2("run", "--grow", 2, "--t2v", 1, "--i2v", 0, "--steps", 7, "--critic_warmup", 1)
+    assert frames == [4, 4, 4, 8, 8, 12, 12, 12]                                        # the first: the critic's alone
 
 
 def test_the_critic_learns_alone_at_first_and_more_often_after(stage2):

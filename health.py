@@ -169,7 +169,7 @@ def final_table(folder, coder, rows, clips, shipped):
     if known:
         row = json.loads(stored.read_text())["figures"][rows[0].name]
         row = {k: v for k, v in row.items() if k not in ("frechet", "ms a chunk")}      # of other counts, hardware
-        results = {f"{rows[0].name} (stored: 256 others)": row, **results}
+        results = {f"{rows[0].name} (stored: 256 others, an earlier probe)": row, **results}
     print(f"\nPreview on {clips} held-out sequences (for acceptance: python evaluate.py)\n{table(results)}")
     (folder / "preview.json").write_text(json.dumps(results, indent=1) + "\n")
 

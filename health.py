@@ -188,6 +188,8 @@ def curves(folder):
         axis.plot(*zip(*points), lw=1)
         axis.set(title=name, xlabel="step")
         axis.grid(alpha=0.3)
+    for axis in axes.flat[len(names):]:
+        axis.axis("off")
     figure.savefig(folder / "curves.png", dpi=110)
     plt.close(figure)
 

@@ -192,15 +192,15 @@ def measure(video, truth, trips, probe):
     near = slice(START - 1 + SECOND // 2, START - 1 + SECOND)                           # 0.5 to 1 s after the start
     a, b = features[:, near], real_features[:, near]
     figures["frechet"] = lambda i: frechet(a[i].flatten(0, 1), b[i].flatten(0, 1))
-    for name, f in (("sharpness", gradient), ("motion", change)):
-        x, y = f(video)[:, -fresh:], f(truth)[:, -fresh:]
-        figures[name] = lambda i, x=x, y=y: float(x[i].mean() / y[i].mean())
-    quality = psnr(video, truth)
+    each = lambda f, *videos: torch.cat([f(*(part.to(probe.head.weight.device) for part in parts)).cpu()
+                                         for parts in zip(*(v.split(32) for v in videos))])    # where it is fast
+    quality, moved, true = each(psnr, video, truth), each(change, video), each(change, truth)
+    for name, x, y in (("sharpness", each(gradient, video), each(gradient, truth)), ("motion", moved, true)):
+        figures[name] = lambda i, x=x[:, -fresh:], y=y[:, -fresh:]: float(x[i].mean() / y[i].mean())
     for seconds in (0.5, 1, 2, 4):
         frame = START - 1 + int(seconds * SECOND)
         if frame < video.shape[1]:
             figures[f"psnr {seconds}s"] = lambda i, frame=frame: float(quality[i, frame].mean())
-    moved, true = change(video), change(truth)
     border = torch.arange(START - 1, video.shape[1] - 1, CHUNK)                        # into the first frame of a chunk
     inside = torch.tensor([t for t in range(START - 1, video.shape[1] - 1) if (t - START + 1) % CHUNK])
     figures["seam"] = lambda i: float((moved[i][:, border].mean() / true[i][:, border].mean())

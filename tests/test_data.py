@@ -51,6 +51,18 @@ def test_windows_are_random_crops_with_their_own_labels(coder):
     assert len(starts) >= 4
 
 
+def test_cameras_are_the_windows_own_and_begin_at_its_first_frame(coder):
+    s = stream(coder, pool=4, length=10)
+    batch, exact = s.batch(0, 32, 4), Trips(*world.explore(4, 10, generator(3, "train", "pool", 0, 0)))
+    c2w, control = world.pose(exact.states), batch.condition.control                    # [4, 10, 4, 4]
+    torch.testing.assert_close(control.c2w[:, 0], torch.eye(4).expand(32, 4, 4))
+    assert torch.equal(control.K, world.K.expand(32, 4, 3, 3))
+    for x0, cameras in zip(batch.x0, control.c2w):
+        assert any(torch.equal(s.latents[i, :, t:t + 4], x0)
+                   and torch.allclose(c2w[i, t].inverse() @ c2w[i, t:t + 4], cameras, atol=1e-5)
+                   for i in range(4) for t in range(7))
+
+
 def test_half_of_the_windows_are_told_the_keys_that_were_pressed(coder):
     s = stream(coder, pool=64, length=24)
     batch = s.batch(0, 256, 24)                                                         # the whole trajectories

@@ -39,6 +39,15 @@ def test_another_commands_video_is_not_obedient(scene):
     assert ev.measure(video.roll(1, 0), video, trips, probe)["both all"][0] < 40
 
 
+def test_the_figure_at_a_horizon_is_that_frames_psnr_to_the_truth(scene):
+    trips, video, probe = scene
+    worse = video.clone()
+    worse[:, 4 - 1 + 8] = 255 - worse[:, 4 - 1 + 8]                                     # one second after the start
+    figures = ev.measure(worse, video, trips, probe)
+    assert figures["psnr 1s"][0] == pytest.approx(float(ev.psnr(worse, video)[:, 11].mean()))
+    assert figures["psnr 0.5s"][0] > 70 > 20 > figures["psnr 1s"][0]
+
+
 def test_psnr_of_a_known_error():
     a = torch.full((1, 1, 8, 8, 3), 100, dtype=torch.uint8)
     assert ev.psnr(a, a + 5).item() == pytest.approx(10 * math.log10(255 ** 2 / 25))

@@ -161,6 +161,14 @@ def test_the_curriculum_starts_with_one_chunk_and_adds_one_at_a_time(stage2, mon
     assert frames == [4, 4, 4, 8, 8, 12, 12, 12]                                        # the first: the critic's alone
 
 
+@pytest.mark.parametrize("start", ["--t2v", "--i2v"])
+def test_a_start_without_a_past_is_told_no_motion_into_its_first_frame(stage2, monkeypatch, start):
+    first, rolled = [], two.self_rollout
+    monkeypatch.setattr(two, "self_rollout", lambda *a: first.append(a[1].control.actions[:, 0]) or rolled(*a))
+    stage2("still", "--t2v", "0", "--i2v", "0", start, "1", "--batch", "8")
+    assert first and not torch.cat(first).any()
+
+
 def test_the_critic_learns_alone_at_first_and_more_often_after(stage2):
     logged = stage2("run", "--steps", 2, "--critic_warmup", 2, "--critic_steps", 3)
     assert [line["student_updates"] for line in logged] == [0, 0, 1, 2]

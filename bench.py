@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import sdpa_kernel
 
-from common import checkpoint_blocks, compile_blocks, fail, one_line_errors, parse, provenance, require_positive
+from common import fail, one_line_errors, parse, provenance, require_positive
+from parallel import checkpoint_blocks, compile_blocks
 from model import FASTEST, PRESETS, attention, build_on, flops, preset
 
 TEXT = {"hunyuan": 300}                     # valid text tokens of a usual prompt; other backbones always see text_len

@@ -27,7 +27,8 @@ from control import Condition
 from data import Trips
 from encode import codec
 from flow import schedule
-from model import ASSETS, PRESETS, load
+from model import PRESETS, load
+from weights import ASSETS
 from rollout import few_step, guided, ode, rollout, velocity_of
 
 CONTROL = ("translation", "rotation", "both")

@@ -23,7 +23,8 @@ from encode import codec
 from evaluate import (SECOND, START, bootstrap, dream, evaluate, frechet, held_out, load_probe, measure, samplers_of,
                       table)
 from flow import add_noise, velocity_to_x0
-from model import ASSETS, load
+from model import load
+from weights import ASSETS
 from video import draw_keys, write_video
 
 SEED = 1000                                     # of the held-out sequences and of the noise

@@ -9,29 +9,22 @@ checkpoints, so loading is strict and needs no key map; what this project adds l
 """
 
 import contextlib
-import json
 import math
 import re
 import sys
 from collections import OrderedDict
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import inject
 import nvfp4
+import weights
 from common import rank
-
-ASSETS = Path(__file__).parent / "assets"
 
 
 @dataclass(frozen=True)
@@ -680,7 +673,7 @@ class LTX(Backbone):
 ARCHITECTURES = {"wan": Wan, "hunyuan": HunyuanVideo, "ltx": LTX}
 
 
-# ---- Build, load, save -----------------------------------------------------------------------------------------------
+# ---- Build and load -----------------------------------------------------------------------------------------------
 
 def preset(name, **fields):
     """The `Spec` of a preset, with `fields` overriding its own."""
@@ -723,9 +716,9 @@ def load(name, source=None, device="cpu", dtype=torch.float32, control=None, par
     that are packed in the file (nvfp4.py) stay so in memory. Errors (ValueError, OSError) name the file and the key.
     """
     spec = preset(name, **fields)
-    source = source or default_source(spec)
-    files = weight_files(source, spec)
-    stored = headers(files, spec)
+    source = source or weights.default_source(spec)
+    files = weights.weight_files(source, spec)
+    stored = weights.headers(files, spec, ARCHITECTURES[spec.arch].official)
     kinds = "+".join(kind for kind in inject.kinds_in(stored) if control is None or kind in control.split("+"))
     sentences = torch.zeros(stored["control.sentences"][2]) if "text" in kinds else None
     make = lambda: build(name, kinds, sentences, **fields)
@@ -735,7 +728,7 @@ def load(name, source=None, device="cpu", dtype=torch.float32, control=None, par
         return nvfp4.load(model, files, device, dtype)
     expected, doubt = {key: list(p.shape) for key, p in model.state_dict().items()}, f"is it a checkpoint of {name}?"
     missing, surplus = [key for key in expected if key not in stored], [key for key in stored if key not in expected]
-    differs = [f"{source} has {how} {listed(keys)}"
+    differs = [f"{source} has {how} {weights.listed(keys)}"
                for how, keys in (("no tensor", missing), ("surplus", surplus)) if keys]
     if differs and not partial:
         raise ValueError(f"{'; '.join(differs)}; {doubt} partial=True (--init_partial) takes what fits")
@@ -745,90 +738,12 @@ def load(name, source=None, device="cpu", dtype=torch.float32, control=None, par
     for key, (file, _, shape) in stored.items():
         if shape != expected[key]:
             raise ValueError(f"{file}: '{key}' is {shape}, but {name} needs {expected[key]}; {doubt}")
-    state = {key: part[...].to(device).to(model.stored_dtype(key, dtype)) for key, part in read(stored)}
+    state = {key: part[...].to(device).to(model.stored_dtype(key, dtype)) for key, part in weights.read(stored)}
     if missing:
         fresh = make().state_dict()
         state |= {key: fresh[key].to(device, model.stored_dtype(key, dtype)) for key in missing}
     model.load_state_dict(state, strict=True, assign=True)
     return model.requires_grad_(True)
-
-
-def listed(names):
-    """All of `names` in a line; if they are many, * stands for any number of a block."""
-    names = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names) if len(names) > 8 else names
-    return ", ".join(f"'{name}'" for name in names)
-
-
-def default_source(spec):
-    """The official repository of a preset, or the file this project ships for it."""
-    return ASSETS / spec.source if spec.source.endswith(".safetensors") else spec.source
-
-
-def weight_files(source, spec):
-    """The safetensors files of a checkpoint: a file, or a folder or hub repository in the official layout or bare."""
-    path = Path(source)
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and path.suffix != ".safetensors":
-        try:
-            path = Path(snapshot_download(str(source), allow_patterns=[spec.file, f"{spec.file}.index.json"]))
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
-            raise OSError(f"{source} is no local folder and could not be fetched from the hub: {error}") from None
-    if path.is_file():
-        return [path]
-    if not path.exists():
-        raise OSError(f"checkpoint {source} does not exist; give a safetensors file, a folder or a hub repository id")
-    official = path / spec.file
-    folder = official.parent if official.parent.is_dir() else path
-    files = sorted(folder.glob(official.name)) or sorted(folder.glob("*.safetensors"))
-    index = sorted(folder.glob("*.safetensors.index.json"))
-    if len(index) == 1:
-        try:
-            files = sorted({folder / name for name in json.loads(index[0].read_text())["weight_map"].values()})
-        except (ValueError, KeyError):
-            raise OSError(f"{index[0]} is not an index of safetensors files; fetch it again") from None
-    elif len(files) != 1:
-        raise OSError(f"{folder} has {len(files)} safetensors files and {len(index)} indices, not {spec.file} of "
-                      f"{spec.name}; give the file itself")
-    return files
-
-
-def headers(files, spec):
-    """{our name: (file, key in it, shape)} from the headers alone. Refuses files of another preset."""
-    official, stored = ARCHITECTURES[spec.arch].official, {}
-    for file in files:
-        try:
-            with safe_open(file, "numpy") as reader:        # unlike "pt" it needs no address space of the file's size
-                notes = reader.metadata() or {}
-                if (made_for := notes.get("backbone", spec.name)) != spec.name:
-                    raise ValueError(f"{file} was made for the backbone {made_for}, not {spec.name}; "
-                                     f"give --backbone {made_for}")
-                if "base" in notes:                         # this file holds what was trained, the rest is there
-                    stored |= headers(weight_files(notes["base"], spec), spec)
-                stored |= {official(key): (file, key, reader.get_slice(key).get_shape()) for key in reader.keys()}
-        except FileNotFoundError:
-            raise OSError(f"checkpoint {file} does not exist, though its index names it; fetch it again") from None
-        except SafetensorError as error:
-            raise OSError(f"{file} is not a complete safetensors file ({error}); fetch it again, or convert it if it "
-                          "is of another format") from None
-    return {name: where for name, where in stored.items() if name is not None}
-
-
-def read(stored):
-    """(name, slice) of each tensor in `stored`; slice[...] is the tensor, a view of the mapped file, and slice[a:b] the
-    rows that a rank of a sharded model needs. One file is open at a time."""
-    for file in dict.fromkeys(file for file, *_ in stored.values()):
-        with safe_open(file, "pt") as reader:
-            for name, (home, key, _) in stored.items():
-                if home == file:
-                    yield name, reader.get_slice(key)
-
-
-def save(model, path, dtype=torch.bfloat16, weights=None, **notes):
-    """Write `weights` (default: the model's) as one safetensors file; `notes` go into its header."""
-    weights = weights or model.state_dict()
-    path, partial = Path(path), Path(f"{path}.partial")
-    header = {"backbone": model.spec.name, **{k: str(v) for k, v in notes.items()}}
-    save_file({k: v.detach().to("cpu", dtype).contiguous() for k, v in weights.items()}, partial, metadata=header)
-    partial.rename(path)
 
 
 # ---- Counting --------------------------------------------------------------------------------------------------------

@@ -34,7 +34,8 @@ import serve
 import world
 from common import ROOT, command_line, one_line_errors, parse, setup
 from control import KEYS, format_actions, keys_from_label, label_from_keys
-from model import ASSETS, default_source, load, preset
+from model import load, preset
+from weights import ASSETS, default_source
 from video import H264, compose
 
 SEATS = 4                           # sessions at once; they take turns on one device

@@ -17,7 +17,8 @@ from common import autocast, generator, one_line_errors, parse, setup
 from control import Condition, Control, check_actions, parse_actions
 from encode import codec
 from flow import add_noise, euler, guide, schedule, velocity_to_x0
-from model import ASSETS, load
+from model import load
+from weights import ASSETS
 from video import compose, read_picture, write_video
 
 

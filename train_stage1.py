@@ -16,13 +16,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common import (EMA, Run, compile_blocks, derive, descend, load_checkpoint, one_line_errors, parse, provenance,
-                    rank, require_positive, reseed, save_checkpoint, setup, shutdown)
+from checkpoint import Run, load_checkpoint, save_checkpoint
+from common import (EMA, derive, descend, one_line_errors, parse, provenance, rank, require_positive, reseed, setup,
+                    shutdown)
+from parallel import compile_blocks
 from control import NO_ACTION, Condition, Control, attach
 from data import WorldStream
 from encode import codec
 from flow import add_noise, draw_sigma, flow_loss
-from model import PRESETS, build, load, save
+from model import PRESETS, build, load
+from weights import save
 from rollout import velocity_of
 
 

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 
 import torch
 
-from common import (EMA, Run, checkpoint_blocks, compile_blocks, derive, descend, fail, load_checkpoint,
-                    mean_over_ranks, one_line_errors, parse, provenance, rank, require_positive, reseed,
-                    save_checkpoint, setup, shutdown)
+from checkpoint import Run, load_checkpoint, save_checkpoint
+from common import (EMA, derive, descend, fail, mean_over_ranks, one_line_errors, parse, provenance, rank,
+                    require_positive, reseed, setup, shutdown)
+from parallel import checkpoint_blocks, compile_blocks
 from data import RandomStream, WorldStream
 from dmd import Clip, Discriminator, Head, Networks, Recipe, critic_gradients, student_gradients
 from encode import codec
@@ -26,7 +27,8 @@ from evaluate import load_probe, samplers_of
 from flow import schedule
 from health import Health, averaged, compare, critic_by_sigma, curves, figures, final_table, side_by_side
 from lora import Adapters
-from model import PRESETS, build_on, load, save
+from model import PRESETS, build_on, load
+from weights import save
 from rollout import draw_plan, self_rollout, velocity_of
 
 

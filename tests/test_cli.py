@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import checkpoint
 import common
 import evaluate
 import health
@@ -83,13 +84,13 @@ def test_evaluate_and_rollout_commands(trained):
 
 def interrupt(monkeypatch, module, step):
     """Make a training script die just before it logs `step`."""
-    log = common.Run.log
+    log = checkpoint.Run.log
 
     def dying(self, now, **metrics):
         if now == step:
             raise KeyboardInterrupt
         log(self, now, **metrics)
-    monkeypatch.setattr(common.Run, "log", dying)
+    monkeypatch.setattr(checkpoint.Run, "log", dying)
 
 
 def losses(folder):

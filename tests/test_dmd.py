@@ -440,7 +440,7 @@ def test_accumulated_gradients_are_those_of_the_larger_batch(tune, monkeypatch):
 
 def test_recomputing_activations_changes_no_gradient():
     """With adapters too: the backward pass must recompute with those that were at work."""
-    from common import checkpoint_blocks
+    from parallel import checkpoint_blocks
     grads = []
     for recompute in (False, True):
         nets, modules, teacher = cast("lora")

@@ -10,12 +10,14 @@ import inject
 import train_stage1
 import world
 from camera import between, pluecker, projections, relative
-from common import EMA, descend, load_checkpoint, save_checkpoint
+from checkpoint import load_checkpoint, save_checkpoint
+from common import EMA, descend
 from control import NO_ACTION, Control, attach, poses_from_labels
 from data import WorldStream
 from encode import codec
 from flow import velocity_to_x0
-from model import ARCHITECTURES, ASSETS, Attention, build, load, preset, save
+from model import ARCHITECTURES, Attention, build, load, preset
+from weights import ASSETS, save
 from rollout import WorldModel
 
 KINDS = ["adaln", "text", "plucker", "prope", "adaln+prope", "adaln+text+plucker+prope"]

@@ -15,8 +15,10 @@ from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model
-from common import checkpoint_blocks, compile_blocks
-from model import PRESETS, attention, build, load, save, weight_files
+import weights
+from parallel import checkpoint_blocks, compile_blocks
+from model import PRESETS, attention, build, load
+from weights import default_source, save, weight_files
 
 TINY = dict(dim=64, heads=4, ffn=112, layers=2, text_dim=64, freq_dim=32, rope_dims=(4, 6, 6))
 OFFICIAL = [name for name, spec in PRESETS.items() if "/" in spec.source]
@@ -69,7 +71,7 @@ def test_every_layout_of_an_official_checkpoint_loads(official, tmp_path, monkey
     (tmp_path / "bare").mkdir()
     save_file(tensors, tmp_path / "bare" / "any-name.safetensors")
     asked = []
-    monkeypatch.setattr(model, "snapshot_download", lambda *a, **k: asked.append((a, k)) or tmp_path / "repository")
+    monkeypatch.setattr(weights, "snapshot_download", lambda *a, **k: asked.append((a, k)) or tmp_path / "repository")
     layouts = {"file": whole, "repository": tmp_path / "repository", "file's own folder": whole.parent,
                "bare": tmp_path / "bare", "packed": tmp_path / "packed.safetensors", "hub": None,
                "sharded": shard(tensors, tmp_path / "shards"),
@@ -94,7 +96,7 @@ def test_a_repository_of_many_models_has_this_one_in_a_folder(tmp_path):
 
 
 def test_the_native_size_is_known_from_its_header(tmp_path, monkeypatch):
-    monkeypatch.setattr(model, "read", lambda stored: ((key, torch.empty(shape, device="meta"))
+    monkeypatch.setattr(weights, "read", lambda stored: ((key, torch.empty(shape, device="meta"))
                                                        for key, (_, _, shape) in stored.items()))
     for name in OFFICIAL:
         loaded = load(name, hollow(name, tmp_path / "hollow.safetensors"), device="meta")
@@ -151,7 +153,7 @@ def test_what_is_not_its_own_is_refused_by_file_and_key(official, tmp_path, monk
              "surplus": {**tensors, "blocks.9.extra": torch.zeros(1)}}
     for case, content in cases.items():
         save_file(content, tmp_path / f"{case}.safetensors")
-    monkeypatch.setattr(model, "read", None)                                            # all this before a byte is read
+    monkeypatch.setattr(weights, "read", None)                                            # all this before a byte is read
     refuse(tmp_path / "missing.safetensors", "missing.safetensors", f"no tensor '{key}'", name, name=name)
     refuse(tmp_path / "surplus.safetensors", "surplus.safetensors", "'blocks.9.extra'", name, name=name)
     refuse(tmp_path / "misshapen.safetensors", "misshapen.safetensors", f"'{key}' is [3]", name, name=name)
@@ -194,25 +196,25 @@ def test_a_checkpoint_of_another_backbone_is_refused(tmp_path):
 def test_a_repository_that_cannot_be_fetched_is_named(monkeypatch):
     def offline(*args, **kwargs):
         raise OSError("no network")
-    monkeypatch.setattr(model, "snapshot_download", offline)
+    monkeypatch.setattr(weights, "snapshot_download", offline)
     for name in OFFICIAL:                                                               # a version is no file ending
         with pytest.raises(OSError, match=f"{PRESETS[name].source} is no local folder and could not be .*no network"):
             load(name)
-    assert weight_files(model.default_source(PRESETS["tiny"]), PRESETS["tiny"])[0].exists()
+    assert weight_files(default_source(PRESETS["tiny"]), PRESETS["tiny"])[0].exists()
 
 
 # ---- Memory ----------------------------------------------------------------------------------------------------------
 
 MEASURE = """
-import re, sys, torch, model
+import re, sys, torch, model, weights
 def anonymous():                                                                        # MB of memory that no file backs
     return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
-fields, path, read, seen = eval(sys.argv[1]), sys.argv[2], model.read, []
+fields, path, read, seen = eval(sys.argv[1]), sys.argv[2], weights.read, []
 def watched(stored):
     for part in read(stored):
         yield part
         seen.append(anonymous())
-model.read = watched
+weights.read = watched
 model.load("wan2.1-1.3b", path, dtype=torch.bfloat16, **fields | dict(layers=1))        # once for what torch itself takes
 for dtype in (torch.float32, torch.bfloat16):
     seen.clear()

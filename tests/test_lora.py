@@ -8,8 +8,9 @@ from torch import nn
 
 from control import Condition, Control
 from lora import TARGETS, Adapters
-from common import compile_blocks
-from model import build, load, save
+from parallel import compile_blocks
+from model import build, load
+from weights import save
 from rollout import velocity_of
 
 X, SIGMA = torch.randn(2, 24, 4, 4, 6, generator=torch.Generator().manual_seed(0)), torch.full((2, 4), 0.5)

@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import common
-import model as models
 import nvfp4
 import quant
 from model import PRESETS, build, load
+from weights import save
 from nvfp4 import EmulatedLinear, PackedLinear, e2m1, e4m3
 from quant import (Unavailable, choose, dequantize, fake_quant, full_precision, quantize, quantize_model,
                    self_distillation, softmax_distillation, snr)
@@ -902,7 +902,7 @@ def test_a_layer_that_does_not_fit_the_format_is_flagged(tmp_path, capsys, monke
     weight = model.blocks[3].ffn[0].weight
     weight.data = 5 * weight.data.sign()                                                # 5 beside a 6 becomes 4
     weight.data[:, ::16] = 6
-    models.save(model, tmp_path / "in.safetensors")
+    save(model, tmp_path / "in.safetensors")
     quant.main(common.parse(quant.Config, [str(tmp_path / "in.safetensors"), "--mode", "emulate", "--activations", "--frames", "1",
                                            "--out", str(tmp_path / "out.safetensors")]))
     printed = capsys.readouterr().out

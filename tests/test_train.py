@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+import checkpoint
 import common
 import dmd
 import health
@@ -19,6 +20,7 @@ import train_stage1 as one
 import train_stage2 as two
 from control import NO_ACTION, Condition, Control
 from flow import schedule
+from weights import save
 
 B, T = 400, 12
 SPEC = SimpleNamespace(chunk=4, shift=3.0)
@@ -85,7 +87,7 @@ def stage2(monkeypatch, tmp_path):
     teacher = model.build("tiny")
     for p in teacher.parameters():
         nn.init.normal_(p, std=0.1)
-    model.save(teacher, tmp_path / "teacher.safetensors")
+    save(teacher, tmp_path / "teacher.safetensors")
 
     def run(name, *flags):
         two.main(common.parse(two.Config, [
@@ -108,14 +110,14 @@ EVERYTHING = ("--tune", "lora", "--rank", 4, "--gan", 0.1, "--teacher_fkl", 0.1,
 @pytest.mark.parametrize("flags", [EVERYTHING, ("--gan", 0.1, "--no-complete")], ids=["lora, all", "full, GAN"])
 def test_a_run_cut_in_two_ends_with_the_bits_of_a_whole_one(stage2, flags, monkeypatch):
     whole = stage2("whole", "--steps", 4, "--save_every", 2, *flags)
-    log = common.Run.log
+    log = checkpoint.Run.log
 
     def dying(self, step, **metrics):
         if step == 3:
             raise KeyboardInterrupt
         log(self, step, **metrics)
     with monkeypatch.context() as patch:
-        patch.setattr(common.Run, "log", dying)
+        patch.setattr(checkpoint.Run, "log", dying)
         with pytest.raises(KeyboardInterrupt):
             stage2("parts", "--steps", 4, "--save_every", 2, *flags)
     assert len(stage2.lines("parts")) == 3                                              # one line is to be made again

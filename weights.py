@@ -1,0 +1,97 @@
+"""Files of weights: where a checkpoint is (file, folder, hub repository), what is in it, reading and writing it.
+
+Reading goes through the headers first and then tensor by tensor from the mapped file: nothing is held twice.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+def listed(names):
+    """All of `names` in a line; if they are many, * stands for any number of a block."""
+    names = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names) if len(names) > 8 else names
+    return ", ".join(f"'{name}'" for name in names)
+
+
+def default_source(spec):
+    """The official repository of a preset, or the file this project ships for it."""
+    return ASSETS / spec.source if spec.source.endswith(".safetensors") else spec.source
+
+
+def weight_files(source, spec):
+    """The safetensors files of a checkpoint: a file, or a folder or hub repository in the official layout or bare."""
+    path = Path(source)
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and path.suffix != ".safetensors":
+        try:
+            path = Path(snapshot_download(str(source), allow_patterns=[spec.file, f"{spec.file}.index.json"]))
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            raise OSError(f"{source} is no local folder and could not be fetched from the hub: {error}") from None
+    if path.is_file():
+        return [path]
+    if not path.exists():
+        raise OSError(f"checkpoint {source} does not exist; give a safetensors file, a folder or a hub repository id")
+    official = path / spec.file
+    folder = official.parent if official.parent.is_dir() else path
+    files = sorted(folder.glob(official.name)) or sorted(folder.glob("*.safetensors"))
+    index = sorted(folder.glob("*.safetensors.index.json"))
+    if len(index) == 1:
+        try:
+            files = sorted({folder / name for name in json.loads(index[0].read_text())["weight_map"].values()})
+        except (ValueError, KeyError):
+            raise OSError(f"{index[0]} is not an index of safetensors files; fetch it again") from None
+    elif len(files) != 1:
+        raise OSError(f"{folder} has {len(files)} safetensors files and {len(index)} indices, not {spec.file} of "
+                      f"{spec.name}; give the file itself")
+    return files
+
+
+def headers(files, spec, official):
+    """{our name: (file, key in it, shape)} from the headers alone; `official` gives our name of a key, None if unused.
+
+    Refuses files of another preset.
+    """
+    stored = {}
+    for file in files:
+        try:
+            with safe_open(file, "numpy") as reader:        # unlike "pt" it needs no address space of the file's size
+                notes = reader.metadata() or {}
+                if (made_for := notes.get("backbone", spec.name)) != spec.name:
+                    raise ValueError(f"{file} was made for the backbone {made_for}, not {spec.name}; "
+                                     f"give --backbone {made_for}")
+                if "base" in notes:                         # this file holds what was trained, the rest is there
+                    stored |= headers(weight_files(notes["base"], spec), spec, official)
+                stored |= {official(key): (file, key, reader.get_slice(key).get_shape()) for key in reader.keys()}
+        except FileNotFoundError:
+            raise OSError(f"checkpoint {file} does not exist, though its index names it; fetch it again") from None
+        except SafetensorError as error:
+            raise OSError(f"{file} is not a complete safetensors file ({error}); fetch it again, or convert it if it "
+                          "is of another format") from None
+    return {name: where for name, where in stored.items() if name is not None}
+
+
+def read(stored):
+    """(name, slice) of each tensor in `stored`; slice[...] is the tensor, a view of the mapped file, and slice[a:b] the
+    rows that a rank of a sharded model needs. One file is open at a time."""
+    for file in dict.fromkeys(file for file, *_ in stored.values()):
+        with safe_open(file, "pt") as reader:
+            for name, (home, key, _) in stored.items():
+                if home == file:
+                    yield name, reader.get_slice(key)
+
+
+def save(model, path, dtype=torch.bfloat16, weights=None, **notes):
+    """Write `weights` (default: the model's) as one safetensors file; `notes` go into its header."""
+    weights = weights or model.state_dict()
+    path, partial = Path(path), Path(f"{path}.partial")
+    header = {"backbone": model.spec.name, **{k: str(v) for k, v in notes.items()}}
+    save_file({k: v.detach().to("cpu", dtype).contiguous() for k, v in weights.items()}, partial, metadata=header)
+    partial.rename(path)

@@ -18,6 +18,7 @@ from control import Condition, Control, check_actions, parse_actions
 from encode import codec
 from flow import add_noise, euler, guide, schedule, velocity_to_x0
 from model import load
+from parallel import replayed
 from weights import ASSETS
 from video import compose, read_picture, write_video
 
@@ -170,7 +171,8 @@ class WorldModel:
         self.spec, self.device = model.spec, next(model.parameters()).device
         self.codec = codec(model.spec.name, self.device)
         self.sees = model.control is not None and "c2w" in model.control.reads
-        self.velocity = guided(velocity_of(model), guidance, self.codec.text([model.spec.negative]))
+        velocity = replayed(velocity_of(model), self.device)
+        self.velocity = guided(velocity, guidance, self.codec.text([model.spec.negative]))
         self.sigmas, self.sampler = schedule(steps, model.spec.shift), ode if use_ode else few_step
 
     def reset(self, prompt=None, first=None, seed=0, actions=None):

@@ -1,0 +1,74 @@
+"""A network launched as CUDA graphs gives what it gives when launched kernel by kernel."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from control import Condition, Control
+from model import build
+from parallel import flatten, replayed
+from rollout import velocity_of
+
+
+def inputs(frames, seed, device="cpu", cameras=True):
+    g = torch.Generator().manual_seed(seed)
+    x, sigma = torch.randn(2, 24, frames, 4, 4, generator=g), torch.rand(2, frames, generator=g)
+    control = Control(torch.randint(81, (2, frames), generator=g), torch.eye(4).expand(2, frames, 4, 4).clone(),
+                      torch.rand(2, frames, 3, 3, generator=g)) if cameras else None
+    move = lambda part: part if part is None else part.to(device)
+    control = control and Control(*map(move, vars(control).values()))
+    return x.to(device), sigma.to(device), Condition({"text": torch.randn(2, 16, 64, generator=g).to(device)}, control)
+
+
+def test_each_set_of_shapes_is_recorded_once_and_replayed_on_what_is_given(monkeypatch):
+    """The bookkeeping, without a GPU: at a replay, the tensors that were recorded hold what was given."""
+    calls, replayed_on = [], []
+
+    def velocity(*args):
+        calls.append(args)
+        return args[0]
+
+    class Graph:
+        def replay(self):
+            replayed_on.append(self.held)
+
+    @contextmanager
+    def record(graph, capture_error_mode):
+        yield
+        graph.held = calls[-1]
+
+    class Stream:
+        wait_stream = staticmethod(lambda other: None)
+
+    for name, stub in (("CUDAGraph", Graph), ("graph", record), ("Stream", Stream), ("current_stream", Stream),
+                       ("stream", lambda s: torch.no_grad())):
+        monkeypatch.setattr(torch.cuda, name, stub)
+    fast = replayed(velocity, "cuda")
+    for frames, seed, cameras in ((4, 0, True), (4, 1, True), (8, 2, True), (4, 3, False), (4, 4, True)):
+        args = inputs(frames, seed, cameras=cameras)
+        fast(*args)
+        held, given = flatten(replayed_on[-1]), flatten(args)
+        assert held.keys() == given.keys()
+        assert all(held[k] is leaf or torch.equal(held[k], leaf) and held[k] is not leaf for k, leaf in given.items())
+    assert len(calls) == 2 * 3                          # a first call and a recording: two lengths, and no control
+
+
+def test_on_a_processor_nothing_changes():
+    velocity = velocity_of(build("tiny", layers=1))
+    assert replayed(velocity, "cpu") is velocity
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("control", ["adaln", "prope", "plucker"])
+def test_a_replayed_network_equals_the_network(control):
+    model = build("tiny", control, layers=2).cuda()
+    torch.nn.init.normal_(model.head.head.weight)
+    plain, fast = velocity_of(model), replayed(velocity_of(model), "cuda")
+    for round in range(2):
+        for frames, seed in ((4, 0), (8, 1), (4, 2)):
+            args = inputs(frames, seed, "cuda")
+            with torch.no_grad():
+                assert torch.equal(fast(*args), plain(*args))
+        with torch.no_grad():
+            model.head.head.weight.mul_(1.5)                                            # a graph sees weights change

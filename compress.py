@@ -7,7 +7,7 @@ rollout keeps of its past is in history.py. Parameters are `compress.*` in check
 
 import json
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 
 import torch
@@ -83,11 +83,13 @@ class Past:
     """What lies before the frames that a network is given, for that network's own compressor to encode.
 
     `latents`: of each segment [B, C, end - start, H, W], of a tail its mean [B, C, 1, 1, 1]. Frame `start` is the first
-    that the network is given as it is, frame `now` the first of the chunk."""
+    that the network is given as it is, frame `now` the first of the chunk. `kept`, if given, is for what networks with
+    fixed weights make of it without gradient: it serves for all steps of a chunk."""
     segments: tuple[Segment, ...]
     latents: tuple[torch.Tensor, ...]
     start: int
     now: int
+    kept: dict | None = field(default=None, compare=False)
 
 
 class Detail(nn.Module):
@@ -165,26 +167,39 @@ class HistoryMemory(nn.Module):
             with weight.device:
                 self.detail = Detail(weight.shape[1], len(weight), [n * p for n, p in zip(settings.mid, self.patch)])
 
-    def forward(self, backbone, past):
-        """(memory, place): the `Memory` of a `Past`, and where on the time axis its frame `start` is."""
+    def forward(self, backbone, past, frames):
+        """The `Memory` of a `Past` and the places on the time axis of the `frames` frames from its `start` on."""
+        if past.kept is None or torch.is_grad_enabled():
+            memory, place = self.remember(backbone, past)
+        else:
+            if self not in past.kept:
+                past.kept[self] = self.remember(backbone, past)
+            memory, place = past.kept[self]
+        return memory, place + torch.arange(frames, dtype=torch.float64, device=memory.tokens.device)
+
+    def remember(self, backbone, past):
+        """The `Memory` of a `Past`, and where on the time axis its frame `start` is."""
         s, (_, q, r), clean = self.settings, self.patch, past.now - past.start
         if not past.segments:
             return replace(EMPTY, mode=s.attention, clean=clean), 0.0
         alike, out = lambda pair: (pair[0].level, pair[1].shape[2], pair[0].start == 0), []
         for (level, _, first), group in groupby(zip(past.segments, past.latents), alike):
             x = torch.stack([latents for _, latents in group], 1)                       # [B, m, C, t, H, W]
-            y = self.embed(backbone, level, inputs(backbone.spec, x.flatten(0, 1), first))      # [B * m, n, D]
+            y = self.embed(backbone, level, x.flatten(0, 1), first)                     # [B * m, n, D]
             out.append(y.unflatten(0, x.shape[:2]).flatten(1, 2))                       # [B, m * n, D]
         H, W = max(latents.shape[3:] for latents in past.latents)
         centres, bounds, ids, place = places(past.segments, (H // q, W // r), past.now, past.start,
                                              s.near, s.far, s.dense)
         return Memory(torch.cat(out, 1), centres, bounds, ids, s.attention, clean), place
 
-    def embed(self, backbone, level, x):
-        """Tokens of `x` [n, channels, t, H, W] at a level; of a tail, whose mean is a single pixel, by the coarsest."""
+    def embed(self, backbone, level, x, first):
+        """Tokens [n, tokens, D] of latents `x` [n, C, t, H, W] at a level; `first`: they begin with the video's first.
+
+        A tail, whose mean is a single pixel, is taken by the coarsest kernel."""
         if level == FINE:
-            return patches(x, *own_kernel(backbone))
+            return backbone.embed(x, 0 if first else 1).flatten(1, 2)
         kernel = self.kernels[name_of(level)] if level[1] < WHOLE else [*self.kernels.values()][-1]
+        x = backbone.inputs(x, x.new_zeros(x.shape[:3:2]), {}, first)                   # [n, channels, t, H, W]
         if level[1] == WHOLE:
             return patches(x.expand(*x.shape[:2], *kernel.kernel_size), kernel.weight, kernel.bias)
         x = whole(x, [n * p for n, p in zip(level, self.patch)])
@@ -195,14 +210,6 @@ class HistoryMemory(nn.Module):
 
 def name_of(level):
     return "x".join(map(str, level))
-
-
-def inputs(spec, x, first):
-    """What a patch embedding takes of clean latents `x`; HunyuanVideo is also told which frame is the video's first."""
-    if spec.arch != "hunyuan":
-        return x
-    known = torch.cat([x, torch.ones_like(x[:, :1])], 1)                                # [n, C + 1, t, H, W]
-    return torch.cat([x, F.pad(known[:, :, :first], (0, 0, 0, 0, 0, x.shape[2] - first))], 1)
 
 
 def attach(backbone, settings):

@@ -148,7 +148,7 @@ def test_a_fresh_compressor_is_the_patch_embedding_of_means(backbone, kind, grid
     compressor, past = remember(backbone, kind, T, grid)
     x = torch.randn(2, backbone.spec.channels, T, grid[0] * p[1], grid[1] * p[2])
     past = past_of(past.segments, x)
-    memory, _ = compressor(backbone, past)
+    memory, _ = compressor.remember(backbone, past)
     at = 0
     for segment in past.segments:
         part, sides = x[:, :, segment.start:segment.end], [n * q for n, q in zip(segment.level, p)]
@@ -169,7 +169,7 @@ def test_a_constant_gives_every_level_and_edge_the_token_of_a_patch(backbone):
         T = 420 if kind == "framepack" else 30                                           # all levels, and a tail
         compressor, past = remember(backbone, kind, T, (5, 7), color.expand(-1, -1, T, H, W))
         assert any(s.role == "tail" for s in past.segments) == (kind == "framepack")
-        memory, _ = compressor(backbone, past)
+        memory, _ = compressor.remember(backbone, past)
         want = plain(backbone, color.expand(-1, -1, 1, *backbone.spec.patch[1:]), 1).flatten(1, 3)
         known = sum(math.prod(cells(s, (5, 7))) for s in past.segments if s.start == 0) if backbone.spec.arch == "hunyuan" else 0
         torch.testing.assert_close(memory.tokens[:, known:].double(), want.expand(-1, memory.tokens.shape[1] - known, -1), rtol=1e-5, atol=1e-5)
@@ -182,11 +182,11 @@ def test_a_frame_changes_the_tokens_that_cover_it_and_no_others(backbone, kind):
     compressor, past = remember(backbone, kind, T, (4, 6))
     nn.init.normal_(compressor.detail.out.weight) if kind == "packforcing" else None
     x = torch.cat(past.latents, 2)
-    before, _ = compressor(backbone, past)
+    before, _ = compressor.remember(backbone, past)
     for frame in (3, 12, 20, 29):
         y = x.clone()
         y[:, :, frame] += 1
-        after, _ = compressor(backbone, past_of(past.segments, y))
+        after, _ = compressor.remember(backbone, past_of(past.segments, y))
         changed = (before.tokens != after.tokens).any(-1).any(0)
         covers = (before.bounds[:, 0, 0] <= frame) & (frame < before.bounds[:, 0, 1])
         block = next(s for s in past.segments if s.start <= frame < s.end)
@@ -201,7 +201,7 @@ def test_a_frame_changes_the_tokens_that_cover_it_and_no_others(backbone, kind):
 def test_every_level_that_is_used_learns_and_no_other_does(backbone):
     for kind, T in (("framepack", 30), ("framepack", 90), ("framepack", 420), ("packforcing", 30)):
         compressor, past = remember(backbone, kind, T, (4, 6))
-        compressor(backbone, past)[0].tokens.square().sum().backward()
+        compressor.remember(backbone, past)[0].tokens.square().sum().backward()
         used = {name_of(s.level) for s in past.segments if s.level != FINE and s.level[1] < WHOLE}
         used |= {name_of(compressor.settings.levels()[-1])} if past.segments[1].role == "tail" else set()
         for name, kernel in compressor.kernels.items():
@@ -215,8 +215,8 @@ def test_every_level_that_is_used_learns_and_no_other_does(backbone):
 def test_blocks_encoded_one_by_one_are_those_encoded_together(backbone):
     compressor, past = remember(backbone, "packforcing", 40, (5, 7))
     nn.init.normal_(compressor.detail.out.weight)
-    together, _ = compressor(backbone, past)
-    single = [compressor(backbone, Past((s,), (x,), s.end, s.end))[0].tokens for s, x in zip(past.segments, past.latents)]
+    together, _ = compressor.remember(backbone, past)
+    single = [compressor.remember(backbone, Past((s,), (x,), s.end, s.end))[0].tokens for s, x in zip(past.segments, past.latents)]
     torch.testing.assert_close(torch.cat(single, 1), together.tokens, atol=1e-5, rtol=0)
 
 

@@ -68,8 +68,8 @@ class Settings:
     def dense(self):
         return self.kind == "packforcing"
 
-    def plan(self, frames):
-        return plan(self.kind, frames, self.sink, self.recent, self.chunk, self.mid)
+    def plan(self, frames, blocks=None):
+        return plan(self.kind, frames, self.sink, self.recent, self.chunk, self.mid, blocks)
 
     def levels(self):
         """Levels that need a kernel, finest first; the last one also takes the tail."""
@@ -83,13 +83,18 @@ class Past:
     """What lies before the frames that a network is given, for that network's own compressor to encode.
 
     `latents`: of each segment [B, C, end - start, H, W], of a tail its mean [B, C, 1, 1, 1]. Frame `start` is the first
-    that the network is given as it is, frame `now` the first of the chunk. `kept`, if given, is for what networks with
-    fixed weights make of it without gradient: it serves for all steps of a chunk."""
+    that the network is given as it is, frame `now` the first of the chunk. In a rollout, `kept` is for what networks of
+    fixed weights make of it without gradient, for all steps of the chunk; `before` is that of the chunk before."""
     segments: tuple[Segment, ...]
     latents: tuple[torch.Tensor, ...]
     start: int
     now: int
-    kept: dict | None = field(default=None, compare=False)
+    kept: dict | None = None
+    before: dict = field(default_factory=dict)
+
+    def reusable(self, settings):
+        """Whether keys and values of history serve for all steps of a chunk."""
+        return self.kept is not None and settings.attention != "joint" and not torch.is_grad_enabled()
 
 
 class Detail(nn.Module):
@@ -171,10 +176,10 @@ class HistoryMemory(nn.Module):
         """The `Memory` of a `Past` and the places on the time axis of the `frames` frames from its `start` on."""
         if past.kept is None or torch.is_grad_enabled():
             memory, place = self.remember(backbone, past)
-        else:
-            if self not in past.kept:
-                past.kept[self] = self.remember(backbone, past)
+        elif self in past.kept:
             memory, place = past.kept[self]
+        else:
+            memory, place = past.kept[self] = self.remember(backbone, past)
         return memory, place + torch.arange(frames, dtype=torch.float64, device=memory.tokens.device)
 
     def remember(self, backbone, past):

@@ -258,8 +258,6 @@ class Backbone(nn.Module):
         control and frames are of x. Under `segment` those segments that are in the Cache `past` are not computed again;
         it has to be of the same text. Guidance needs a cache for each of its branches.
         """
-        if isinstance(memory, compress.Past):
-            memory, frames = self.compress(self, memory, x.shape[2])
         memory = replace(memory or replace(EMPTY, mode="self"), clean=x.shape[2])
         if memory.mode == "joint":
             raise ValueError("joint attention has no cache: history depends on the chunk; use self or segment")

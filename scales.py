@@ -35,12 +35,12 @@ class Segment(NamedTuple):
     role: str
 
 
-def plan(kind, frames, sink=None, recent=None, chunk=4, mid=(2, 4, 4)):
+def plan(kind, frames, sink=None, recent=None, chunk=4, mid=(2, 4, 4), blocks=None):
     """The `Segment`s of a history of `frames` latent frames, oldest first.
 
     `sink` and `recent`: frames that stay whole at both ends, by default the paper's for a chunk of 4 frames. They are
     the latest `recent` at least: coarser cells begin on a grid, and wait until they are full. PackForcing's blocks have
-    `chunk` frames, `mid` patches become a token of them.
+    `chunk` frames, `mid` patches become a token of them; `blocks`: the numbers of those to be shown, by default all.
     """
     if kind not in SIZES:
         raise ValueError(f"unknown history '{kind}'; choose {', '.join(SIZES)}")
@@ -58,9 +58,10 @@ def plan(kind, frames, sink=None, recent=None, chunk=4, mid=(2, 4, 4)):
     if kind == "f1":                                    # what is older is dropped
         return head + runs(base, frames, (FINE, recent), *(((k,) * 3, count) for k, count in LADDER[:2]))
     if kind == "packforcing":
-        blocks = range(base, max(base, frames - recent - chunk + 1), chunk)
-        head += [Segment(a, a + chunk, mid, "mid") for a in blocks]
-        return head + runs(base + chunk * len(blocks), frames, (FINE, frames))
+        count = max(0, frames - base - recent) // chunk
+        starts = [base + chunk * i for i in (range(count) if blocks is None else sorted(blocks))]
+        head += [Segment(a, a + chunk, mid, "mid") for a in starts]
+        return head + runs(base + chunk * count, frames, (FINE, frames))
     return head + runs(base, frames, (FINE, frames if kind == "none" else recent))
 
 

@@ -8,7 +8,6 @@ checkpoints, so loading is strict and needs no key map; what this project adds l
     python model.py wan2.2-5b            # sizes, tokens and operations of a preset, nothing allocated
 """
 
-import contextlib
 import math
 import re
 import sys
@@ -19,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import inject
 import nvfp4
 import weights
+from block import FASTEST, Block, Group, attention
 from common import rank
-from memory import EMPTY, Cache, Group, assemble, join, meet, sights
+from memory import EMPTY, Cache, enter, prefill, through
 
 
 @dataclass(frozen=True)
@@ -163,51 +162,6 @@ def split(x, heads):
     return rearrange(x, "b n (h d) -> b h n d", h=heads)
 
 
-FASTEST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-
-def attention(q, k, v, mask=None):
-    """Softmax attention [B, heads, N, d] by the first kernel of FASTEST that can; on Hopper cuDNN is 1.6x flash."""
-    with sdpa_kernel(FASTEST, set_priority=True) if q.is_cuda else contextlib.nullcontext():
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-
-class Block(nn.Module):
-    """What all transformer blocks do: tokens ask, attention brings them together, tokens take the answer in.
-
-    An architecture has `before`: queries, keys, values [B, heads, T*L, d] of a group and what it has to remember, and
-    `after`: its tokens [B, T, L, D], given attention's answer [B, T*L, D] and what `prope` adds to the projected one.
-    """
-
-    turn = staticmethod(rotate)
-
-    def forward(self, groups, sight, past=(), branch=None, keep=False):
-        """Tokens of the groups after this block; with `keep` also keys and values of history. `past` has those of the
-        first groups, which are cached."""
-        asked = [self.before(g) for g in groups[len(past):]]
-        nothing = [None] * len(past)
-        q, rest = nothing + [y[0] for y in asked], [y[3] for y in asked]
-        k, v = ([pair[j] for pair in past] + [y[j + 1] for y in asked] for j in (0, 1))
-        turned = [[x if x is None or g.rope is None else self.turn(x, g.rope) for x, g in zip(xs, groups)] for xs in (q, k)]
-        q_, k_ = ([x if x is None else x.to(y.dtype) for x, y in zip(xs, v)] for xs in turned)
-        heard = meet(sight, q_, k_, v, attention)[len(past):]
-        added = self.geometry(groups, sight, q, k, v, branch)[len(past):]
-        xs = [self.after(*each) for each in zip(groups[len(past):], heard, added, rest)]
-        history = [i for i, g in enumerate(groups) if g.role in ("memory", "clean")] if keep else []
-        return xs, [(k[i].to(v[i].dtype), v[i]) for i in history]
-
-    def geometry(self, groups, sight, q, k, v, branch):
-        """What `prope` adds, by number of the group: frames see frames. Memory has no camera."""
-        added = [0.0] * len(groups)
-        for asking, seen, *_ in sight if branch else ():
-            seen = [j for j in seen if groups[j].frames]
-            for i in asking:
-                if groups[i].frames:
-                    part = branch.cut(groups[i].frames, (groups[seen[0]].frames[0], groups[seen[-1]].frames[1]))
-                    added[i] = inject.prope(q[i], *(join([x[j] for j in seen]) for x in (k, v)), part, attention)
-        return added
-
-
 class Backbone(nn.Module):
     """What every architecture is to the rest of the project; a subclass has its parts under their official names."""
 
@@ -244,89 +198,45 @@ class Backbone(nn.Module):
         """
         cache = memory if isinstance(memory, Cache) else None
         memory = cache.memory if cache else memory or EMPTY
-        groups, branches = self.groups(x, sigma, text, control, memory, frames, None if cache else memory)
-        groups, _ = self.through(groups, branches, memory, cache and cache.layers)
+        groups, branches = enter(self, x, sigma, text, control, memory, frames, None if cache else memory)
+        groups, _ = through(self, groups, branches, memory, cache and cache.layers)
         return torch.cat([self.leave(g.x, g.e, x.shape[3]) for g in groups if g.frames and g.x is not None], 2)
 
     def prefill(self, x, text, control=None, memory=None, frames=None, past=None):
         """The `Cache` of a chunk's history: `memory` and, at sigma 0, clean frames x [B, C, T, H, W], T may be 0.
 
-        control and frames are of x. Under `segment` those segments that are in the Cache `past` are not computed again;
-        it has to be of the same text. Guidance needs a cache for each of its branches.
+        control and frames are of x. Under attention `segment`, segments that the Cache `past` of the same text has are
+        not computed again.
         """
-        memory = replace(memory or replace(EMPTY, mode="self"), clean=x.shape[2])
-        if memory.mode == "joint":
-            raise ValueError("joint attention has no cache: history depends on the chunk; use self or segment")
-        fresh = memory if past is None else memory.without(past.memory)
-        groups, branches = self.groups(x, x.new_zeros(x.shape[:3:2]), text, control, memory, frames, fresh)
-        kept = self.through(groups, branches, fresh, keep=True)[1]
-        return Cache(memory, kept if past is None else assemble(memory, (fresh, kept), (past.memory, past.layers)))
+        return prefill(self, x, text, control, memory, frames, past)
 
     def embed(self, x, start=0):
-        """Tokens [B, T, L, D] of clean frames `start`, ... of a video, as they enter the first block."""
-        return self.patchify(self.inputs(x, torch.zeros(x.shape[:3:2], device=x.device), {}, start == 0))
+        """Tokens [B, T, L, D] of clean frames, as they enter the first block; `start` is the number of the first."""
+        return self.patchify(self.inputs(x, x.new_zeros(x.shape[:3:2]), {}, start == 0))
+
+    # What an architecture has of its own, besides its blocks: patchify(x), its embedding of patches [B, T, L, D];
+    # rope(centres [N, 3], older), cos and sin; tell(x, sigma, text, signal), the tokens x as they enter the blocks, the
+    # time embedding that the head takes, what blocks are told; leave(x, e, H), the head; and what differs of these:
 
     def inputs(self, x, sigma, text, begins):
-        """What is patchified of the latents `x`, which are the beginning of a video or not: [B, C', T, H, W]."""
+        """What is patchified of the latents `x`, the beginning of a video or not: [B, C', T, H, W]."""
         return x
 
-    def groups(self, x, sigma, text, control, memory, frames, fresh):
-        """The groups of tokens (memory.py) of a forward, and `prope` by number of a block.
+    def centres(self, frames, H, W):
+        """Where the tokens of frames of H x W latents are, at the positions `frames`: [N, 3], as in `Memory`."""
+        return grid(frames, H // self.spec.patch[1], W // self.spec.patch[2])
 
-        Of memory the tokens of `fresh` enter; if it is None, history is cached and x begins behind it.
-        """
-        B, C, T, H, W = self.check(x, sigma)
-        (_, q, r), n, older = self.spec.patch, memory.history, len(memory.segment) > 0
-        first = n if fresh is None else 0
-        if n > first + T:
-            raise ValueError(f"attention {memory.mode} with {n} clean frames got only {T} frames")
-        frames = torch.arange(first + T, device=x.device) if frames is None else frames
-        text, signal = self.prepare(text, self.inject(control, (B, C, first + T, H, W)), B)
-        tokens = self.patchify(self.inputs(x, sigma, text, not older and first == 0))   # [B, T, L, D]
-        rope = lambda centres: self.rope(centres.to(x.device), older)
-
-        def span(role, a, b, cached=False):             # frames a..b-1 of the window
-            place, part = rope(grid(frames[a:b], H // q, W // r)), slice(a - first, b - first)
-            if cached:
-                return Group(role, None, place, (a, b))
-            return self.group(role, tokens[:, part], sigma[:, part], text, signal.frames(a, b), place, (a, b))
-
-        groups, zero = [], sigma.new_zeros(B, 1)
-        if fresh is None and older:
-            groups.append(Group("memory", None, rope(self.places(memory))))
-        elif older and len(fresh.segment):
-            groups.append(self.group("memory", fresh.tokens[:, None].to(tokens.dtype), zero, text, inject.Signal(),
-                                     rope(self.places(fresh)), None))
-        if n:
-            groups.append(span("clean", 0, n, cached=fresh is None))
-        if groups and fresh is not None and memory.mode != "joint":
-            groups += self.words("told", text, torch.cat([zero, sigma[:, :n]], 1))
-        if first + T > n:
-            groups += [span("frames", n, first + T), *self.words("text", text, sigma[:, n - first:])]
-        return groups, signal.branches
-
-    def through(self, groups, branches, memory, layers=None, keep=False):
-        """The groups after all blocks and, with `keep`, what they leave to a Cache; `layers` are those of a Cache."""
-        lengths = tuple(n for _, n in memory.segments()) if memory.mode == "segment" else ()
-        kept, sight = [], sights(groups, memory.mode, lengths)
-        for i, block in enumerate(getattr(self, self.block_list)):
-            past = layers[i] if layers else ()
-            xs, pairs = block(groups, sight, past, branches.get(i), keep)
-            groups = groups[:len(past)] + [g._replace(x=x) for g, x in zip(groups[len(past):], xs)]
-            kept.append(pairs)
-        return groups, kept
+    def places(self, memory):
+        """Where the tokens of memory are, as `rope` takes it."""
+        return memory.centres
 
     def prepare(self, text, signal, B):
-        """Text states, checked and embedded, and the signal with its sentences embedded: once for all groups."""
+        """Text, and a signal's sentences, embedded once for all groups."""
         return text, signal
 
     def words(self, role, text, sigma):
-        """Groups of text that take part in self-attention, for frames at noise levels sigma [B, T]."""
+        """Groups of text tokens for self-attention, for frames at noise levels sigma [B, T]."""
         return []
-
-    def places(self, memory):
-        """Centres [N, 3] of memory as `rope` takes them."""
-        return memory.centres
 
     def check(self, x, sigma):
         """Refuse latents and noise levels that do not fit; returns the shape of `x`."""
@@ -377,6 +287,8 @@ class WanBlock(Block):
     adaLN (DiT, arXiv:2212.09748) with one modulation vector per latent frame: history frames carry that of sigma 0,
     current frames that of theirs, and attention is bidirectional over both.
     """
+
+    turn = staticmethod(rotate)
 
     def __init__(self, spec):
         super().__init__()
@@ -461,12 +373,11 @@ class Wan(Backbone):
         said = signal.sentences and signal.sentences.embed(self.text_embedding)
         return self.embed_text(text["text"]), signal._replace(sentences=said)           # [B, S, D]
 
-    def group(self, role, x, sigma, text, signal, rope, frames):
+    def tell(self, x, sigma, text, signal):
         with torch.autocast(x.device.type, enabled=False):                           # the time path is never below fp32
             e = self.time_embedding(sinusoid(1000 * sigma.double(), self.spec.freq_dim, torch.float64)) + signal.time
             e6 = self.time_projection(e).unflatten(-1, (6, self.spec.dim))              # [B, T, 6, D] of e [B, T, D]
-        x = x.float() + signal.tokens                                        # [B, T, L, D]; the residual stream is fp32
-        return Group(role, x, rope, frames, e, (e6, text, signal.sentences))
+        return x.float() + signal.tokens, e, (e6, text, signal.sentences)               # the residual stream is fp32
 
     def leave(self, x, e, H):
         _, q, r = self.spec.patch
@@ -535,6 +446,8 @@ class TokenRefiner(nn.Module):
 
 class HunyuanBlock(Block):
     """Double-stream block (MMDiT of SD3, arXiv:2403.03206, figure 2b): two sets of weights, one attention."""
+
+    turn = staticmethod(rotate)
 
     def __init__(self, spec):
         super().__init__()
@@ -618,13 +531,13 @@ class HunyuanVideo(Backbone):
     def rope(self, centres, older):
         return rotary(centres, self.spec.rope_dims, 256, torch.float64 if older else torch.float32)
 
-    def group(self, role, x, sigma, text, signal, rope, frames):
+    def tell(self, x, sigma, text, signal):
         with torch.autocast(x.device.type, enabled=False):                           # the time path is never below fp32
             c = (self.time_in(sinusoid(1000 * sigma, self.spec.freq_dim)) + signal.time)[:, :, None]    # [B, T, 1, D]
-        return Group(role, x + signal.tokens, rope, frames, c, (c,))                    # [B, T, L, D]
+        return x + signal.tokens, c, (c,)
 
-    def words(self, role, text, sigma):                 # sigma uniform: the official timestep
-        """Text at the noise level of the noisiest frames, those being made."""
+    def words(self, role, text, sigma):
+        """Text at the noise level of the noisiest frames, those being made; sigma uniform: the official timestep."""
         e = sinusoid(1000 * sigma.amax(1)[:, None], self.spec.freq_dim)                 # [B, 1, freq_dim]
         with torch.autocast(e.device.type, enabled=False):
             c = self.time_in(e)[:, :, None]                                             # [B, 1, 1, D]
@@ -727,6 +640,8 @@ class LTXBlock(Block):
     (adaLN-single of PixArt, arXiv:2310.00426). The text is modulated too, so its keys and values depend on sigma.
     """
 
+    turn = staticmethod(rotate_halves)
+
     def __init__(self, spec):
         super().__init__()
         D, self.eps = spec.dim, spec.eps
@@ -734,8 +649,6 @@ class LTXBlock(Block):
         self.prompt_scale_shift_table = nn.Parameter(torch.randn(2, D) / D ** 0.5)
         self.attn1, self.attn2 = (LTXAttention(D, spec.heads, spec.eps) for _ in range(2))
         self.ff = named(net=nn.Sequential(named(proj=nn.Linear(D, spec.ffn)), nn.GELU("tanh"), nn.Linear(spec.ffn, D)))
-
-    turn = staticmethod(rotate_halves)
 
     def before(self, g):                                # x [B, T, L, D]; told: m [B, T, 9, D] fp32, ...
         m = (g.told[0] + self.scale_shift_table).to(g.x.dtype)      # summed in fp32, applied in the run's dtype
@@ -813,14 +726,14 @@ class LTX(Backbone):
             raise ValueError(f"text states are [{B}, S, {self.spec.dim}], got {list(states.shape)}")
         return states, signal
 
-    def group(self, role, x, sigma, text, signal, rope, frames):
+    def tell(self, x, sigma, text, signal):
         p = self.spec
         e, e_text = (sinusoid(1000 * s, p.freq_dim, torch.float32) for s in (sigma, sigma.amax(1)))
         with torch.autocast(x.device.type, enabled=False):                           # the time path is never below fp32
             e = self.adaln_single.emb(e) + signal.time                                  # [B, T, D]
             m = self.adaln_single.linear(F.silu(e)).unflatten(-1, (9, p.dim))           # [B, T, 9, D]
             m_text = self.prompt_adaln_single(e_text).unflatten(-1, (2, p.dim))         # [B, 2, D]
-        return Group(role, x + signal.tokens, rope, frames, e, (m, m_text, text.to(x.dtype), signal.sentences))
+        return x + signal.tokens, e, (m, m_text, text.to(x.dtype), signal.sentences)
 
     def leave(self, x, e, H):
         with torch.autocast(x.device.type, enabled=False):

@@ -110,7 +110,7 @@ def apart(q, k, v, lengths, mask, attend):
 
 
 def geometry(groups, sight, q, k, v, branch, attend):
-    """What `prope` adds, by number of the group: frames attend to the frames they see. Memory and text have no camera."""
+    """What `prope` adds, by number of the group: frames attend to frames that they see; memory has no camera."""
     added = [0.0] * len(groups)
     for asking, seen, *_ in sight if branch else ():
         seen = [i for i in seen if groups[i].frames]

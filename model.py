@@ -22,9 +22,10 @@ from torch import nn
 import inject
 import nvfp4
 import weights
-from block import FASTEST, Block, Group, attention
+from block import Block, Group, attention
 from common import rank
 from memory import EMPTY, Cache, enter, prefill, through
+from rotary import grid, ltx_rope, rotary, rotate, rotate_halves
 
 
 @dataclass(frozen=True)
@@ -128,34 +129,6 @@ def sinusoid(t, dim, dtype=torch.float32):
     omega = torch.exp(-math.log(10000) * torch.arange(half, dtype=dtype, device=t.device) / half)
     angle = t.to(dtype)[..., None] * omega
     return torch.cat([angle.cos(), angle.sin()], -1).float()
-
-
-def grid(frames, rows, columns):
-    """Centres [T * rows * columns, 3] of the tokens of whole frames: their positions in time `frames` [T], row, column."""
-    axes = frames, torch.arange(rows, device=frames.device), torch.arange(columns, device=frames.device)
-    return torch.stack(torch.meshgrid(*(axis.double() for axis in axes), indexing="ij"), -1).flatten(0, 2)
-
-
-def rotary(centres, dims, theta, dtype):
-    """cos and sin [N, head_dim / 2] of a 3-D rotary embedding (RoFormer, arXiv:2104.09864) at `centres` [N, 3].
-
-    `dims` channels of a head turn with time, height and width, each axis with its own frequency ladder of base `theta`.
-    Positions may be fractional; nothing is tabulated, so they have no limit. Angles are computed in the `dtype` of the
-    official code, or its numbers are not met.
-    """
-    angles = []
-    for position, dim in zip(centres.to(dtype).unbind(1), dims):
-        omega = 1 / theta ** (torch.arange(0, dim, 2, dtype=dtype, device=centres.device) / dim)
-        angles.append(position[:, None] * omega)                                        # [N, dim / 2]
-    angle = torch.cat(angles, -1)                                                       # [N, head_dim / 2]
-    return angle.cos().float(), angle.sin().float()
-
-
-def rotate(x, rope):
-    """Turn neighbouring channel pairs of x [B, heads, N, d] by the angles `rope` (cos, sin [N, d / 2]), in fp32."""
-    cos, sin = rope
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)                                  # each [B, heads, N, d / 2]
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
 
 
 def split(x, heads):
@@ -571,42 +544,13 @@ class HunyuanVideo(Backbone):
 
 # ---- LTX-2.3 ---------------------------------------------------------------------------------------------------------
 
-LTX_SPAN = (20, 2048, 2048)             # seconds, pixels down, pixels across: positions run from -1 to 1 over these
 LTX_UNUSED = re.compile(                # the rest of the official file: codecs, vocoder, text side, everything of audio
     r"(vae|audio_vae|vocoder|text_embedding_projection)\.|model\.diffusion_model\.(audio_|video_embeddings_connector\.|"
     r"av_ca_|transformer_blocks\.\d+\.(audio_|video_to_audio_|scale_shift_table_a2v_ca_))")
 
 
-def ltx_rope(centres, fps, spec, older):
-    """cos and sin [heads, N, head_dim / 2] of LTX's rotary embedding (RoFormer, arXiv:2104.09864) at `centres` [N, 3].
-
-    A token stands at the middle of what it covers. Latent frame f covers the pixel frames 8f - 7 to 8f + 1; the VAE is
-    causal and nothing comes before frame 0, hence the clamp where x is not behind older frames. Fractions are placed by
-    the same formula. One ladder of frequencies runs through all heads, slow to fast, with a slot for t, y and x at each
-    step; the slots left over come first and do not turn. Angles reach 15,708, where fp32 rounds visibly: this is the
-    official order; behind memory, whose times shift, they are exact.
-    """
-    s, J, dtype = spec.stride[0], spec.dim // 6, torch.float64 if older else torch.float32
-    t, *cells = centres.to(dtype).unbind(1)
-    end = s * t + 1
-    start, end = (end - s if older else (end - s).clamp(min=0)) / fps, end / fps
-    middles = [(start + end) / 2] + [stride * (cell + 0.5) for cell, stride in zip(cells, spec.stride[1:])]
-    axes = torch.stack([2 * (middle / span) - 1 for middle, span in zip(middles, LTX_SPAN)], -1)
-    omega = 10000 ** torch.linspace(0, 1, J, dtype=torch.float64, device=t.device) * (math.pi / 2)
-    angle = (axes[:, None] * omega.to(dtype)[:, None]).flatten(1)                       # [N, 3 * J]: t y x t y x ...
-    angle = rearrange(F.pad(angle, (spec.dim // 2 - 3 * J, 0)), "n (h d) -> h n d", h=spec.heads)
-    return angle.cos().float(), angle.sin().float()
-
-
-def rotate_halves(x, rope):
-    """Turn channels i and i + d/2 of x [B, heads, N, d] by `rope` (cos, sin [heads, N, d/2]); always in fp32."""
-    cos, sin = rope                                                                     # the official rotates in bf16
-    a, b = x.float().chunk(2, -1)                                                       # each [B, heads, N, d / 2]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-
-
 class LTXAttention(nn.Module):
-    """Attention of `x` to `context`, or its parts for attention among tokens; a gate on each head, 1 at a logit of 0."""
+    """Attention of `x` to `context`, or its parts for attention among tokens; each head has a gate, 1 at a logit of 0."""
 
     def __init__(self, dim, heads, eps):
         super().__init__()
@@ -820,32 +764,55 @@ def load(name, source=None, device="cpu", dtype=torch.float32, control=None, par
 
 # ---- Counting --------------------------------------------------------------------------------------------------------
 
-def wan_macs(p, D, T, N, S):
-    """Multiply-adds of linear layers; query-key pairs of self-attention, and of attention to or among S text tokens."""
+def wan_macs(p, D, T, F, N, S):
+    """Multiply-adds of linear layers, with F tokens of T frames among N, and query-key pairs of attention to S words."""
     block = N * (6 * D ** 2 + 2 * D * p.ffn) + S * 2 * D ** 2
-    ends = N * 2 * p.channels * math.prod(p.patch) * D
+    ends = F * 2 * p.channels * math.prod(p.patch) * D
     ends += S * (p.text_dim * D + D ** 2) + T * (p.freq_dim * D + 7 * D ** 2)
-    return p.layers * block + ends, p.layers * N ** 2, p.layers * N * S
+    return p.layers * block + ends, p.layers * N * S
 
 
-def hunyuan_macs(p, D, T, N, S):
+def hunyuan_macs(p, D, T, F, N, S):
     block = (N + S) * (4 * D ** 2 + 2 * D * p.ffn) + (T + 1) * 6 * D ** 2
-    ends = N * (3 * p.channels + 1) * math.prod(p.patch) * D + T * 2 * D ** 2 + (T + 2) * (p.freq_dim * D + D ** 2)
+    ends = F * (3 * p.channels + 1) * math.prod(p.patch) * D + T * 2 * D ** 2 + (T + 2) * (p.freq_dim * D + D ** 2)
     refiner = 2 * (S * 12 * D ** 2 + 2 * D ** 2) + (S + 1) * p.text_dim * D + D ** 2    # two blocks
-    return p.layers * block + ends + refiner, p.layers * (N + S) ** 2, 2 * S ** 2
+    return p.layers * block + ends + refiner, 2 * S ** 2
 
 
-def ltx_macs(p, D, T, N, S):
+def ltx_macs(p, D, T, F, N, S):
     block = N * (6 * D ** 2 + 2 * D * p.ffn + 2 * D * p.heads) + S * 2 * D ** 2
-    ends = N * 2 * p.channels * D + (T + 1) * (p.freq_dim * D + D ** 2) + (9 * T + 2) * D ** 2
-    return p.layers * block + ends, p.layers * N ** 2, p.layers * N * S
+    ends = F * 2 * p.channels * D + (T + 1) * (p.freq_dim * D + D ** 2) + (9 * T + 2) * D ** 2
+    return p.layers * block + ends, p.layers * N * S
 
 
-def flops(spec, frames, rows, columns, text=None):
-    """Operations of one forward on a token grid, by kind; a multiply-add is two. `text`: tokens, default text_len."""
+def flops(spec, frames, rows, columns, text=None, memory=0, cached=0, segments=()):
+    """Operations of one forward on a token grid, by kind; a multiply-add is two. `text`: tokens, default text_len.
+
+    `memory` tokens go through the blocks too; `cached` ones are attended to alone. With `segments`, the lengths of
+    memory's, it is a prefill in which each of them sees itself.
+    """
     macs = {"wan": wan_macs, "hunyuan": hunyuan_macs, "ltx": ltx_macs}[spec.arch]
-    linear, own, words = macs(spec, spec.dim, frames, frames * rows * columns, text or spec.text_len)
-    return {"linear": 2 * linear, "self_attention": 4 * spec.dim * own, "text_attention": 4 * spec.dim * words}
+    F, S = frames * rows * columns, text or spec.text_len
+    T, N, own = frames + (memory > 0), F + memory, S if spec.arch == "hunyuan" else 0   # own: words in self-attention
+    linear, words = macs(spec, spec.dim, T, F, N, S)
+    pairs = sum(n * (n + own) for n in (*segments, F)) + own ** 2 if segments else (N + own) * (N + own + cached)
+    return {"linear": 2 * linear, "self_attention": 4 * spec.dim * spec.layers * pairs,
+            "text_attention": 4 * spec.dim * words}
+
+
+def chunk_flops(spec, mode, steps, chunk, clean, rows, columns, memory=0, new=None, text=None):
+    """Operations of a chunk of `chunk` frames in `steps` steps behind `clean` frames and `memory` tokens, by kind.
+
+    Under attention `segment`, `new` has the lengths of those segments that are not cached yet.
+    """
+    each = lambda frames, **more: flops(spec, frames, rows, columns, text, **more)
+    if mode == "joint":
+        parts = steps * [each(clean + chunk, memory=memory)]
+    else:
+        new = tuple(new or ()) if mode == "segment" else (memory,) if memory else ()
+        first = each(clean, memory=sum(new), segments=new if mode == "segment" else ()) if clean or new else {}
+        parts = [first] * bool(first) + steps * [each(chunk, cached=memory + clean * rows * columns)]
+    return {kind: sum(part[kind] for part in parts) for kind in parts[-1]}
 
 
 def describe(name):

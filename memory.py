@@ -1,25 +1,21 @@
-"""Memory: compressed history as a backbone takes it, who attends to whom, and keys and values that serve again.
+"""Memory: compressed history as a backbone takes it, and the keys and values that a chunk's history leaves.
 
-    joint     all tokens see all (BiWM, arXiv:2606.10135): history's features depend on the noisy chunk, nothing is kept
-    self      history (memory, and the clean frames in front of the chunk) sees history alone, the chunk sees all: keys
-              and values of history are made once per chunk, at sigma 0, and serve all of its denoising steps
-    segment   each segment of memory sees itself alone, and so do the clean frames; the chunk sees all: keys and values
-              of a segment serve as long as it lives, wherever it is placed and whatever else is chosen
+A forward attends to [memory | frames] in one of three modes (block.py). Under `self` and `segment` nothing in history
+depends on the chunk, so one pass over history at sigma 0 serves all denoising steps:
 
-The last two are other functions than `joint`, to be trained as such. No mask is needed for them: attention is called
-once for each set of tokens that see the same. Keys are kept before rotary positions and turned when they are read;
-turning bf16 keys again and again would wear them off.
+    cache = model.prefill(clean, text, control of clean, memory)                # once a chunk
+    v = model(chunk, sigma, text, control of clean and chunk, memory=cache)     # each step
+
+That is the same function as `model(clean and chunk, sigma, text, control, memory)`, which training uses, with a
+gradient into history. A cache is of one text and control: guidance needs one for each branch.
 """
 
 from dataclasses import dataclass, replace
-from itertools import groupby
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 
-MODES = ("joint", "self", "segment")
+from block import MODES, Group, join, sights
+from inject import Signal
 
 
 @dataclass(frozen=True)
@@ -27,12 +23,12 @@ class Memory:
     """History that is not among the frames of a forward, as tokens; and how all of history is attended to.
 
     Tokens act at sigma 0, are told the caption and no action or camera, and are dropped before the head. Positions are
-    in latent frames and patch cells. A cell [s, e) has its centre at (s + e - 1) / 2; a packed time stands in for age.
+    in latent frames and patch cells; a cell [s, e) has its centre at (s + e - 1) / 2. All but `tokens` is on the host.
     """
-    tokens: torch.Tensor            # [B, N, D], as the backbone's `embed` makes them
-    centres: torch.Tensor           # [N, 3] float64: time (packed), row, column
+    tokens: torch.Tensor            # [B, N, D], such as the backbone's `embed` makes
+    centres: torch.Tensor           # [N, 3] float64: time, row, column; packed times may stand in for long ages
     bounds: torch.Tensor            # [N, 3, 2]: what a token covers, [start, stop) in absolute frames, rows, columns
-    segment: torch.Tensor           # [N] int64: the segment it belongs to; neighbours share one
+    segment: torch.Tensor           # [N] int64: the segment it belongs to; its tokens are neighbours
     mode: str = "joint"
     clean: int = 0                  # self, segment: how many frames in front of the chunk are history
 
@@ -44,133 +40,117 @@ class Memory:
         if self.mode not in MODES:
             raise ValueError(f"unknown attention '{self.mode}'; choose {', '.join(MODES)}")
 
-    def segments(self):
-        """[(id, tokens)] in order; ValueError unless a segment's tokens are neighbours."""
-        ids, counts = torch.unique_consecutive(self.segment, return_counts=True)
-        if len(set(ids.tolist())) != len(ids):
-            raise ValueError(f"tokens of a segment of memory must be neighbours, got the order {ids.tolist()}")
-        return list(zip(ids.tolist(), counts.tolist()))
-
     @property
     def history(self):
-        """Frames in front that are no part of the chunk."""
+        """Frames in front that are no part of the chunk: under `joint` they are all one."""
         return 0 if self.mode == "joint" else self.clean
 
+    def segments(self):
+        """[(id, number of tokens)] in order."""
+        ids, counts = torch.unique_consecutive(self.segment, return_counts=True)
+        if len(ids.unique()) != len(ids):
+            raise ValueError(f"tokens of one segment of memory must be neighbours, got the order {ids.tolist()}")
+        return list(zip(ids.tolist(), counts.tolist()))
+
     def without(self, other):
-        """The tokens of segments that `other` does not have; all but under `segment`, where they stand for themselves."""
-        if self.mode != "segment":
-            return self
+        """The tokens of segments that `other` does not have."""
         keep = ~torch.isin(self.segment, other.segment)                                 # [N]
         return replace(self, tokens=self.tokens[:, keep.to(self.tokens.device)], centres=self.centres[keep],
                        bounds=self.bounds[keep], segment=self.segment[keep])
 
 
-EMPTY = Memory(torch.zeros(1, 0, 0), torch.zeros(0, 3).double(), torch.zeros(0, 3, 2).long(), torch.zeros(0).long())
+EMPTY = Memory(torch.zeros(1, 0, 1), torch.zeros(0, 3).double(), torch.zeros(0, 3, 2).long(), torch.zeros(0).long())
 
 
 @dataclass(frozen=True)
 class Cache:
-    """What `Backbone.prefill` keeps of history: keys and values of every block, for one condition and its chunk."""
-    memory: Memory                  # its tokens are no longer needed, only where they are
-    layers: list                    # per block: (keys before rotary positions, values), both [B, heads, M, d], of the
-    #                                 memory and of the clean frames, as far as there are any
+    """Keys and values of a chunk's history, for one text and control."""
+    memory: Memory                  # of its tokens only the places are still needed
+    layers: list                    # per block, of the memory and of the clean frames, as far as there are any:
+    #                                 (keys before rotary positions, values), both [B, heads, n, d]
 
     @property
     def bytes(self):
         return sum(x.numel() * x.element_size() for layer in self.layers for pair in layer for x in pair)
 
 
-class Group(NamedTuple):
-    """Tokens of one kind: `memory`, `clean` frames, the `frames` being made; where text is part of self-attention,
-    `told` is that which history hears and `text` the other."""
-    role: str
-    x: torch.Tensor | None                  # [B, T, L, D], T rows of L tokens that share a modulation; None: cached
-    rope: tuple | None                      # cos and sin of their positions; None: they have none
-    frames: tuple[int, int] | None = None   # the frames [start, stop) of the window that they are; None: no camera
-    e: torch.Tensor | None = None           # time embedding of the rows, for the head
-    told: tuple = ()                        # modulation, text, ...: what a block of the architecture takes besides
-    words: torch.Tensor | None = None       # [B, T * L] bool: which tokens are to be seen; None: all
-
-    def count(self):
-        """Number of tokens; a NamedTuple has a length of its own."""
-        return self.rope[0].shape[-2] if self.x is None else self.x.shape[1] * self.x.shape[2]
+def prefill(model, x, text, control=None, memory=None, frames=None, past=None):
+    """See `Backbone.prefill`."""
+    memory = replace(memory or replace(EMPTY, mode="self"), clean=x.shape[2])
+    if memory.mode == "joint":
+        raise ValueError("joint attention has no cache, its history depends on the chunk; use self or segment")
+    if past and {past.memory.mode, memory.mode} != {"segment"}:
+        raise ValueError(f"only segments outlive their chunk, not history under attention {memory.mode}: omit `past`")
+    fresh = memory.without(past.memory) if past else memory
+    groups, branches = enter(model, x, x.new_zeros(x.shape[:3:2]), text, control, memory, frames, fresh)
+    _, layers = through(model, groups, branches, fresh, keep=True)
+    return Cache(memory, assemble(memory, (fresh, layers), (past.memory, past.layers)) if past else layers)
 
 
-class Sight(NamedTuple):
-    """Groups that attend, by number, to which groups; `lengths`: within runs of so many neighbours, and to what comes
-    after these runs among the keys; `mask` [B, 1, 1, keys] if some keys are padding."""
-    asking: tuple
-    seen: tuple
-    lengths: tuple = ()
-    mask: torch.Tensor | None = None
+def enter(model, x, sigma, text, control, memory, frames, fresh):
+    """The groups (block.py) of a forward, and the `prope` of each block by number.
+
+    The tokens of `fresh` enter, all of `memory` or a part; with None history is cached, and x begins behind it.
+    """
+    B, C, T, H, W = model.check(x, sigma)
+    n, older, cached = memory.history, len(memory.segment) > 0, fresh is None
+    first = n if cached else 0                                      # number in the window of the first frame of x
+    if n > first + T:
+        raise ValueError(f"memory counts {n} clean frames, but there are only {T} frames")
+    frames = torch.arange(first + T, device=x.device) if frames is None else frames
+    if len(frames) != first + T:
+        raise ValueError(f"there are positions of {len(frames)} frames for {first + T}, those in the cache included")
+    text, signal = model.prepare(text, model.inject(control, (B, C, first + T, H, W)), B)
+    x = model.patchify(model.inputs(x, sigma, text, begins=not older and first == 0))       # [B, T, L, D]
+    rope = lambda centres: model.rope(centres.to(x.device), older)
+
+    def part(role, start, stop):                                    # frames start..stop-1 of the window
+        place, own = rope(model.centres(frames[start:stop], H, W)), slice(start - first, stop - first)
+        if stop <= first:
+            return Group(role, None, place, (start, stop))
+        tokens, e, told = model.tell(x[:, own], sigma[:, own], text, signal.frames(start, stop))
+        return Group(role, tokens, place, (start, stop), e, told)
+
+    groups, zero = [], sigma.new_zeros(B, 1)
+    if cached and older:
+        groups.append(Group("memory", None, rope(model.places(memory))))
+    elif older and len(fresh.segment):
+        if fresh.tokens.shape[::2] != (B, model.spec.dim):
+            raise ValueError(f"memory tokens are [{B}, N, {model.spec.dim}], got {list(fresh.tokens.shape)}")
+        tokens, e, told = model.tell(fresh.tokens[:, None].to(x.dtype), zero, text, Signal())
+        groups.append(Group("memory", tokens, rope(model.places(fresh)), None, e, told))
+    groups += [part("clean", 0, n)] if n else []
+    if groups and not cached and memory.mode != "joint":
+        groups += model.words("caption", text, torch.cat([zero, sigma[:, :n]], 1))
+    if first + T > n:
+        groups += [part("frames", n, first + T), *model.words("text", text, sigma[:, n - first:])]
+    return groups, signal.branches
 
 
-def sights(groups, mode, lengths=()):
-    """Who sees whom among `groups`, a tuple of `Sight`; `lengths` are those of the segments of memory."""
-    of = lambda *roles: tuple(i for i, g in enumerate(groups) if g.role in roles)
-    kept = "memory", "clean"
-    if mode == "joint":
-        pairs = [(of("memory", "frames", "text"),) * 2]
-    elif mode == "self":
-        pairs = [(of(*kept, "told"),) * 2, (of("frames", "text"), of(*kept, "frames", "text"))]
-    else:
-        pairs = [(of("memory"), of("memory", "told"), lengths), (of("clean"), of("clean", "told")),
-                 (of("told"),) * 2, (of("frames", "text"), of(*kept, "frames", "text"))]
-    return tuple(Sight(*pair)._replace(mask=mask_of([groups[i] for i in pair[1]])) for pair in pairs
-                 if pair[0] and groups[pair[0][0]].x is not None)
-
-
-def mask_of(groups):
-    """Mask [B, 1, 1, keys] of the tokens of `groups`, None if all are to be seen."""
-    words = next((g.words for g in groups if g.words is not None), None)
-    if words is None:
-        return None
-    B = len(words)
-    return torch.cat([words.new_ones(B, g.count()) if g.words is None else g.words for g in groups], 1)[:, None, None]
-
-
-def join(parts):
-    """Neighbours along the tokens [B, heads, n, d]; a single one as it is."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
-
-
-def meet(sight, q, k, v, attend):
-    """Attention outputs [B, n, D] by number of the group; None where it has no queries. q, k, v [B, heads, n, d]."""
-    out = [None] * len(q)
-    for asking, seen, lengths, mask in sight:
-        given = [join([x[i] for i in which]) for x, which in ((q, asking), (k, seen), (v, seen))]
-        y = apart(*given, lengths, mask, attend) if lengths else attend(*given, mask)
-        y = rearrange(y, "b h n d -> b n (h d)")
-        for i, part in zip(asking, y.split([q[i].shape[2] for i in asking], 1)):
-            out[i] = part
-    return out
-
-
-def apart(q, k, v, lengths, mask, attend):
-    """Attention [B, heads, N, d] within segments of `lengths` neighbours; keys after the N-th are seen by all."""
-    N, at, out = q.shape[2], 0, []
-    for n, run in groupby(lengths):
-        s = len([*run])                                                                 # equally long ones are one call
-        fold = lambda x: rearrange(x[:, :, at:at + s * n], "b h (s n) d -> (b s) h n d", n=n)
-        known = [torch.cat([fold(x), x[:, :, N:].repeat_interleave(s, 0)], 2) for x in (k, v)]
-        seen = None if mask is None else F.pad(mask[..., N:].repeat_interleave(s, 0), (n, 0), value=True)
-        out.append(rearrange(attend(fold(q), *known, seen), "(b s) h n d -> b h (s n) d", s=s))
-        at += s * n
-    return join(out)
+def through(model, groups, branches, memory, layers=None, keep=False):
+    """The groups behind all blocks and, with `keep`, what they leave for a Cache; `layers` are those of a Cache."""
+    lengths = tuple(n for _, n in memory.segments()) if memory.mode == "segment" else ()
+    kept, sight = [], sights(groups, memory.mode, lengths)
+    for i, block in enumerate(getattr(model, model.block_list)):
+        past = layers[i] if layers else ()
+        tokens, pairs = block(groups, sight, past, branches.get(i), keep)
+        groups = groups[:len(past)] + [g._replace(x=x) for g, x in zip(groups[len(past):], tokens)]
+        kept.append(pairs)
+    return groups, kept
 
 
 def assemble(memory, *sources):
-    """Layers of a `Cache` of `memory` out of (Memory, layers): each segment from the first source that has it, clean
-    frames from the first one."""
-    found, layers = {}, []
+    """Layers of a `Cache` of `memory` from (Memory, layers): a segment from the first that has it; of the first, clean
+    frames."""
+    found = {}
     for source, (held, _) in enumerate(sources):
         at = 0
         for name, n in held.segments():
             found.setdefault(name, (source, at, at + n))
             at += n
-    parts = [found[name] for name, _ in memory.segments()]
+    places = [found[name] for name, _ in memory.segments()]
+    layers = []
     for pairs in zip(*(kept for _, kept in sources)):
-        clean = [pairs[0][-1]] if memory.clean else []
-        stored = [join([pairs[s][0][j][:, :, a:b] for s, a, b in parts]) for j in (0, 1)] if parts else None
-        layers.append([tuple(stored), *clean] if parts else clean)
+        stored = [tuple(join([pairs[s][0][j][:, :, a:b] for s, a, b in places]) for j in (0, 1))] if places else []
+        layers.append(stored + ([pairs[0][-1]] if memory.clean else []))
     return layers

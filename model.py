@@ -8,7 +8,6 @@ checkpoints, so loading is strict and needs no key map; what this project adds l
     python model.py wan2.2-5b            # sizes, tokens and operations of a preset, nothing allocated
 """
 
-import contextlib
 import math
 import re
 import sys
@@ -19,14 +18,15 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import compress
 import inject
 import nvfp4
 import weights
+from block import Block, Group, attention
 from common import rank
-from memory import EMPTY, Cache, Group, assemble, join, meet, sights
+from memory import EMPTY, Cache, enter, prefill, through
+from rotary import grid, ltx_rope, rotary, rotate, rotate_halves
 
 
 @dataclass(frozen=True)
@@ -132,81 +132,8 @@ def sinusoid(t, dim, dtype=torch.float32):
     return torch.cat([angle.cos(), angle.sin()], -1).float()
 
 
-def grid(frames, rows, columns):
-    """Centres [T * rows * columns, 3] of the tokens of whole frames: their positions in time `frames` [T], row, column."""
-    axes = frames, torch.arange(rows, device=frames.device), torch.arange(columns, device=frames.device)
-    return torch.stack(torch.meshgrid(*(axis.double() for axis in axes), indexing="ij"), -1).flatten(0, 2)
-
-
-def rotary(centres, dims, theta, dtype):
-    """cos and sin [N, head_dim / 2] of a 3-D rotary embedding (RoFormer, arXiv:2104.09864) at `centres` [N, 3].
-
-    `dims` channels of a head turn with time, height and width, each axis with its own frequency ladder of base `theta`.
-    Positions may be fractional; nothing is tabulated, so they have no limit. Angles are computed in the `dtype` of the
-    official code, or its numbers are not met.
-    """
-    angles = []
-    for position, dim in zip(centres.to(dtype).unbind(1), dims):
-        omega = 1 / theta ** (torch.arange(0, dim, 2, dtype=dtype, device=centres.device) / dim)
-        angles.append(position[:, None] * omega)                                        # [N, dim / 2]
-    angle = torch.cat(angles, -1)                                                       # [N, head_dim / 2]
-    return angle.cos().float(), angle.sin().float()
-
-
-def rotate(x, rope):
-    """Turn neighbouring channel pairs of x [B, heads, N, d] by the angles `rope` (cos, sin [N, d / 2]), in fp32."""
-    cos, sin = rope
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)                                  # each [B, heads, N, d / 2]
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
-
-
 def split(x, heads):
     return rearrange(x, "b n (h d) -> b h n d", h=heads)
-
-
-FASTEST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-
-def attention(q, k, v, mask=None):
-    """Softmax attention [B, heads, N, d] by the first kernel of FASTEST that can; on Hopper cuDNN is 1.6x flash."""
-    with sdpa_kernel(FASTEST, set_priority=True) if q.is_cuda else contextlib.nullcontext():
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-
-class Block(nn.Module):
-    """What all transformer blocks do: tokens ask, attention brings them together, tokens take the answer in.
-
-    An architecture has `before`: queries, keys, values [B, heads, T*L, d] of a group and what it has to remember, and
-    `after`: its tokens [B, T, L, D], given attention's answer [B, T*L, D] and what `prope` adds to the projected one.
-    """
-
-    turn = staticmethod(rotate)
-
-    def forward(self, groups, sight, past=(), branch=None, keep=False):
-        """Tokens of the groups after this block; with `keep` also keys and values of history. `past` has those of the
-        first groups, which are cached."""
-        asked = [self.before(g) for g in groups[len(past):]]
-        nothing = [None] * len(past)
-        q, rest = nothing + [y[0] for y in asked], [y[3] for y in asked]
-        k, v = ([pair[j] for pair in past] + [y[j + 1] for y in asked] for j in (0, 1))
-        turned = [[x if x is None or g.rope is None else self.turn(x, g.rope) for x, g in zip(xs, groups)] for xs in (q, k)]
-        q_, k_ = ([x if x is None else x.to(y.dtype) for x, y in zip(xs, v)] for xs in turned)
-        heard = meet(sight, q_, k_, v, attention)[len(past):]
-        added = self.geometry(groups, sight, q, k, v, branch)[len(past):]
-        xs = [self.after(*each) for each in zip(groups[len(past):], heard, added, rest)]
-        history = [i for i, g in enumerate(groups) if g.role in ("memory", "clean")] if keep else []
-        return xs, [(k[i].to(v[i].dtype), v[i]) for i in history]
-
-    def geometry(self, groups, sight, q, k, v, branch):
-        """What `prope` adds, by number of the group: frames see frames. Memory has no camera."""
-        added = [0.0] * len(groups)
-        for asking, seen, *_ in sight if branch else ():
-            seen = [j for j in seen if groups[j].frames]
-            for i in asking:
-                if groups[i].frames:
-                    part = branch.cut(groups[i].frames, (groups[seen[0]].frames[0], groups[seen[-1]].frames[1]))
-                    added[i] = inject.prope(q[i], *(join([x[j] for j in seen]) for x in (k, v)), part, attention)
-        return added
 
 
 class Backbone(nn.Module):
@@ -248,89 +175,45 @@ class Backbone(nn.Module):
             memory, frames = self.compress(self, memory, x.shape[2])
         cache = memory if isinstance(memory, Cache) else None
         memory = cache.memory if cache else memory or EMPTY
-        groups, branches = self.groups(x, sigma, text, control, memory, frames, None if cache else memory)
-        groups, _ = self.through(groups, branches, memory, cache and cache.layers)
+        groups, branches = enter(self, x, sigma, text, control, memory, frames, None if cache else memory)
+        groups, _ = through(self, groups, branches, memory, cache and cache.layers)
         return torch.cat([self.leave(g.x, g.e, x.shape[3]) for g in groups if g.frames and g.x is not None], 2)
 
     def prefill(self, x, text, control=None, memory=None, frames=None, past=None):
         """The `Cache` of a chunk's history: `memory` and, at sigma 0, clean frames x [B, C, T, H, W], T may be 0.
 
-        control and frames are of x. Under `segment` those segments that are in the Cache `past` are not computed again;
-        it has to be of the same text. Guidance needs a cache for each of its branches.
+        control and frames are of x. Under attention `segment`, segments that the Cache `past` of the same text has are
+        not computed again.
         """
-        memory = replace(memory or replace(EMPTY, mode="self"), clean=x.shape[2])
-        if memory.mode == "joint":
-            raise ValueError("joint attention has no cache: history depends on the chunk; use self or segment")
-        fresh = memory if past is None else memory.without(past.memory)
-        groups, branches = self.groups(x, x.new_zeros(x.shape[:3:2]), text, control, memory, frames, fresh)
-        kept = self.through(groups, branches, fresh, keep=True)[1]
-        return Cache(memory, kept if past is None else assemble(memory, (fresh, kept), (past.memory, past.layers)))
+        return prefill(self, x, text, control, memory, frames, past)
 
     def embed(self, x, start=0):
-        """Tokens [B, T, L, D] of clean frames `start`, ... of a video, as they enter the first block."""
-        return self.patchify(self.inputs(x, torch.zeros(x.shape[:3:2], device=x.device), {}, start == 0))
+        """Tokens [B, T, L, D] of clean frames, as they enter the first block; `start` is the number of the first."""
+        return self.patchify(self.inputs(x, x.new_zeros(x.shape[:3:2]), {}, start == 0))
+
+    # What an architecture has of its own, besides its blocks: patchify(x), its embedding of patches [B, T, L, D];
+    # rope(centres [N, 3], older), cos and sin; tell(x, sigma, text, signal), the tokens x as they enter the blocks, the
+    # time embedding that the head takes, what blocks are told; leave(x, e, H), the head; and what differs of these:
 
     def inputs(self, x, sigma, text, begins):
-        """What is patchified of the latents `x`, which are the beginning of a video or not: [B, C', T, H, W]."""
+        """What is patchified of the latents `x`, the beginning of a video or not: [B, C', T, H, W]."""
         return x
 
-    def groups(self, x, sigma, text, control, memory, frames, fresh):
-        """The groups of tokens (memory.py) of a forward, and `prope` by number of a block.
+    def centres(self, frames, H, W):
+        """Where the tokens of frames of H x W latents are, at the positions `frames`: [N, 3], as in `Memory`."""
+        return grid(frames, H // self.spec.patch[1], W // self.spec.patch[2])
 
-        Of memory the tokens of `fresh` enter; if it is None, history is cached and x begins behind it.
-        """
-        B, C, T, H, W = self.check(x, sigma)
-        (_, q, r), n, older = self.spec.patch, memory.history, len(memory.segment) > 0
-        first = n if fresh is None else 0
-        if n > first + T:
-            raise ValueError(f"attention {memory.mode} with {n} clean frames got only {T} frames")
-        frames = torch.arange(first + T, device=x.device) if frames is None else frames
-        text, signal = self.prepare(text, self.inject(control, (B, C, first + T, H, W)), B)
-        tokens = self.patchify(self.inputs(x, sigma, text, not older and first == 0))   # [B, T, L, D]
-        rope = lambda centres: self.rope(centres.to(x.device), older)
-
-        def span(role, a, b, cached=False):             # frames a..b-1 of the window
-            place, part = rope(grid(frames[a:b], H // q, W // r)), slice(a - first, b - first)
-            if cached:
-                return Group(role, None, place, (a, b))
-            return self.group(role, tokens[:, part], sigma[:, part], text, signal.frames(a, b), place, (a, b))
-
-        groups, zero = [], sigma.new_zeros(B, 1)
-        if fresh is None and older:
-            groups.append(Group("memory", None, rope(self.places(memory))))
-        elif older and len(fresh.segment):
-            groups.append(self.group("memory", fresh.tokens[:, None].to(tokens.dtype), zero, text, inject.Signal(),
-                                     rope(self.places(fresh)), None))
-        if n:
-            groups.append(span("clean", 0, n, cached=fresh is None))
-        if groups and fresh is not None and memory.mode != "joint":
-            groups += self.words("told", text, torch.cat([zero, sigma[:, :n]], 1))
-        if first + T > n:
-            groups += [span("frames", n, first + T), *self.words("text", text, sigma[:, n - first:])]
-        return groups, signal.branches
-
-    def through(self, groups, branches, memory, layers=None, keep=False):
-        """The groups after all blocks and, with `keep`, what they leave to a Cache; `layers` are those of a Cache."""
-        lengths = tuple(n for _, n in memory.segments()) if memory.mode == "segment" else ()
-        kept, sight = [], sights(groups, memory.mode, lengths)
-        for i, block in enumerate(getattr(self, self.block_list)):
-            past = layers[i] if layers else ()
-            xs, pairs = block(groups, sight, past, branches.get(i), keep)
-            groups = groups[:len(past)] + [g._replace(x=x) for g, x in zip(groups[len(past):], xs)]
-            kept.append(pairs)
-        return groups, kept
+    def places(self, memory):
+        """Where the tokens of memory are, as `rope` takes it."""
+        return memory.centres
 
     def prepare(self, text, signal, B):
-        """Text states, checked and embedded, and the signal with its sentences embedded: once for all groups."""
+        """Text, and a signal's sentences, embedded once for all groups."""
         return text, signal
 
     def words(self, role, text, sigma):
-        """Groups of text that take part in self-attention, for frames at noise levels sigma [B, T]."""
+        """Groups of text tokens for self-attention, for frames at noise levels sigma [B, T]."""
         return []
-
-    def places(self, memory):
-        """Centres [N, 3] of memory as `rope` takes them."""
-        return memory.centres
 
     def check(self, x, sigma):
         """Refuse latents and noise levels that do not fit; returns the shape of `x`."""
@@ -381,6 +264,8 @@ class WanBlock(Block):
     adaLN (DiT, arXiv:2212.09748) with one modulation vector per latent frame: history frames carry that of sigma 0,
     current frames that of theirs, and attention is bidirectional over both.
     """
+
+    turn = staticmethod(rotate)
 
     def __init__(self, spec):
         super().__init__()
@@ -465,12 +350,11 @@ class Wan(Backbone):
         said = signal.sentences and signal.sentences.embed(self.text_embedding)
         return self.embed_text(text["text"]), signal._replace(sentences=said)           # [B, S, D]
 
-    def group(self, role, x, sigma, text, signal, rope, frames):
+    def tell(self, x, sigma, text, signal):
         with torch.autocast(x.device.type, enabled=False):                           # the time path is never below fp32
             e = self.time_embedding(sinusoid(1000 * sigma.double(), self.spec.freq_dim, torch.float64)) + signal.time
             e6 = self.time_projection(e).unflatten(-1, (6, self.spec.dim))              # [B, T, 6, D] of e [B, T, D]
-        x = x.float() + signal.tokens                                        # [B, T, L, D]; the residual stream is fp32
-        return Group(role, x, rope, frames, e, (e6, text, signal.sentences))
+        return x.float() + signal.tokens, e, (e6, text, signal.sentences)               # the residual stream is fp32
 
     def leave(self, x, e, H):
         _, q, r = self.spec.patch
@@ -539,6 +423,8 @@ class TokenRefiner(nn.Module):
 
 class HunyuanBlock(Block):
     """Double-stream block (MMDiT of SD3, arXiv:2403.03206, figure 2b): two sets of weights, one attention."""
+
+    turn = staticmethod(rotate)
 
     def __init__(self, spec):
         super().__init__()
@@ -622,13 +508,13 @@ class HunyuanVideo(Backbone):
     def rope(self, centres, older):
         return rotary(centres, self.spec.rope_dims, 256, torch.float64 if older else torch.float32)
 
-    def group(self, role, x, sigma, text, signal, rope, frames):
+    def tell(self, x, sigma, text, signal):
         with torch.autocast(x.device.type, enabled=False):                           # the time path is never below fp32
             c = (self.time_in(sinusoid(1000 * sigma, self.spec.freq_dim)) + signal.time)[:, :, None]    # [B, T, 1, D]
-        return Group(role, x + signal.tokens, rope, frames, c, (c,))                    # [B, T, L, D]
+        return x + signal.tokens, c, (c,)
 
-    def words(self, role, text, sigma):                 # sigma uniform: the official timestep
-        """Text at the noise level of the noisiest frames, those being made."""
+    def words(self, role, text, sigma):
+        """Text at the noise level of the noisiest frames, those being made; sigma uniform: the official timestep."""
         e = sinusoid(1000 * sigma.amax(1)[:, None], self.spec.freq_dim)                 # [B, 1, freq_dim]
         with torch.autocast(e.device.type, enabled=False):
             c = self.time_in(e)[:, :, None]                                             # [B, 1, 1, D]
@@ -662,42 +548,13 @@ class HunyuanVideo(Backbone):
 
 # ---- LTX-2.3 ---------------------------------------------------------------------------------------------------------
 
-LTX_SPAN = (20, 2048, 2048)             # seconds, pixels down, pixels across: positions run from -1 to 1 over these
 LTX_UNUSED = re.compile(                # the rest of the official file: codecs, vocoder, text side, everything of audio
     r"(vae|audio_vae|vocoder|text_embedding_projection)\.|model\.diffusion_model\.(audio_|video_embeddings_connector\.|"
     r"av_ca_|transformer_blocks\.\d+\.(audio_|video_to_audio_|scale_shift_table_a2v_ca_))")
 
 
-def ltx_rope(centres, fps, spec, older):
-    """cos and sin [heads, N, head_dim / 2] of LTX's rotary embedding (RoFormer, arXiv:2104.09864) at `centres` [N, 3].
-
-    A token stands at the middle of what it covers. Latent frame f covers the pixel frames 8f - 7 to 8f + 1; the VAE is
-    causal and nothing comes before frame 0, hence the clamp where x is not behind older frames. Fractions are placed by
-    the same formula. One ladder of frequencies runs through all heads, slow to fast, with a slot for t, y and x at each
-    step; the slots left over come first and do not turn. Angles reach 15,708, where fp32 rounds visibly: this is the
-    official order; behind memory, whose times shift, they are exact.
-    """
-    s, J, dtype = spec.stride[0], spec.dim // 6, torch.float64 if older else torch.float32
-    t, *cells = centres.to(dtype).unbind(1)
-    end = s * t + 1
-    start, end = (end - s if older else (end - s).clamp(min=0)) / fps, end / fps
-    middles = [(start + end) / 2] + [stride * (cell + 0.5) for cell, stride in zip(cells, spec.stride[1:])]
-    axes = torch.stack([2 * (middle / span) - 1 for middle, span in zip(middles, LTX_SPAN)], -1)
-    omega = 10000 ** torch.linspace(0, 1, J, dtype=torch.float64, device=t.device) * (math.pi / 2)
-    angle = (axes[:, None] * omega.to(dtype)[:, None]).flatten(1)                       # [N, 3 * J]: t y x t y x ...
-    angle = rearrange(F.pad(angle, (spec.dim // 2 - 3 * J, 0)), "n (h d) -> h n d", h=spec.heads)
-    return angle.cos().float(), angle.sin().float()
-
-
-def rotate_halves(x, rope):
-    """Turn channels i and i + d/2 of x [B, heads, N, d] by `rope` (cos, sin [heads, N, d/2]); always in fp32."""
-    cos, sin = rope                                                                     # the official rotates in bf16
-    a, b = x.float().chunk(2, -1)                                                       # each [B, heads, N, d / 2]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-
-
 class LTXAttention(nn.Module):
-    """Attention of `x` to `context`, or its parts for attention among tokens; a gate on each head, 1 at a logit of 0."""
+    """Attention of `x` to `context`, or its parts for attention among tokens; each head has a gate, 1 at a logit of 0."""
 
     def __init__(self, dim, heads, eps):
         super().__init__()
@@ -731,6 +588,8 @@ class LTXBlock(Block):
     (adaLN-single of PixArt, arXiv:2310.00426). The text is modulated too, so its keys and values depend on sigma.
     """
 
+    turn = staticmethod(rotate_halves)
+
     def __init__(self, spec):
         super().__init__()
         D, self.eps = spec.dim, spec.eps
@@ -738,8 +597,6 @@ class LTXBlock(Block):
         self.prompt_scale_shift_table = nn.Parameter(torch.randn(2, D) / D ** 0.5)
         self.attn1, self.attn2 = (LTXAttention(D, spec.heads, spec.eps) for _ in range(2))
         self.ff = named(net=nn.Sequential(named(proj=nn.Linear(D, spec.ffn)), nn.GELU("tanh"), nn.Linear(spec.ffn, D)))
-
-    turn = staticmethod(rotate_halves)
 
     def before(self, g):                                # x [B, T, L, D]; told: m [B, T, 9, D] fp32, ...
         m = (g.told[0] + self.scale_shift_table).to(g.x.dtype)      # summed in fp32, applied in the run's dtype
@@ -817,14 +674,14 @@ class LTX(Backbone):
             raise ValueError(f"text states are [{B}, S, {self.spec.dim}], got {list(states.shape)}")
         return states, signal
 
-    def group(self, role, x, sigma, text, signal, rope, frames):
+    def tell(self, x, sigma, text, signal):
         p = self.spec
         e, e_text = (sinusoid(1000 * s, p.freq_dim, torch.float32) for s in (sigma, sigma.amax(1)))
         with torch.autocast(x.device.type, enabled=False):                           # the time path is never below fp32
             e = self.adaln_single.emb(e) + signal.time                                  # [B, T, D]
             m = self.adaln_single.linear(F.silu(e)).unflatten(-1, (9, p.dim))           # [B, T, 9, D]
             m_text = self.prompt_adaln_single(e_text).unflatten(-1, (2, p.dim))         # [B, 2, D]
-        return Group(role, x + signal.tokens, rope, frames, e, (m, m_text, text.to(x.dtype), signal.sentences))
+        return x + signal.tokens, e, (m, m_text, text.to(x.dtype), signal.sentences)
 
     def leave(self, x, e, H):
         with torch.autocast(x.device.type, enabled=False):
@@ -912,32 +769,55 @@ def load(name, source=None, device="cpu", dtype=torch.float32, control=None, par
 
 # ---- Counting --------------------------------------------------------------------------------------------------------
 
-def wan_macs(p, D, T, N, S):
-    """Multiply-adds of linear layers; query-key pairs of self-attention, and of attention to or among S text tokens."""
+def wan_macs(p, D, T, F, N, S):
+    """Multiply-adds of linear layers, with F tokens of T frames among N, and query-key pairs of attention to S words."""
     block = N * (6 * D ** 2 + 2 * D * p.ffn) + S * 2 * D ** 2
-    ends = N * 2 * p.channels * math.prod(p.patch) * D
+    ends = F * 2 * p.channels * math.prod(p.patch) * D
     ends += S * (p.text_dim * D + D ** 2) + T * (p.freq_dim * D + 7 * D ** 2)
-    return p.layers * block + ends, p.layers * N ** 2, p.layers * N * S
+    return p.layers * block + ends, p.layers * N * S
 
 
-def hunyuan_macs(p, D, T, N, S):
+def hunyuan_macs(p, D, T, F, N, S):
     block = (N + S) * (4 * D ** 2 + 2 * D * p.ffn) + (T + 1) * 6 * D ** 2
-    ends = N * (3 * p.channels + 1) * math.prod(p.patch) * D + T * 2 * D ** 2 + (T + 2) * (p.freq_dim * D + D ** 2)
+    ends = F * (3 * p.channels + 1) * math.prod(p.patch) * D + T * 2 * D ** 2 + (T + 2) * (p.freq_dim * D + D ** 2)
     refiner = 2 * (S * 12 * D ** 2 + 2 * D ** 2) + (S + 1) * p.text_dim * D + D ** 2    # two blocks
-    return p.layers * block + ends + refiner, p.layers * (N + S) ** 2, 2 * S ** 2
+    return p.layers * block + ends + refiner, 2 * S ** 2
 
 
-def ltx_macs(p, D, T, N, S):
+def ltx_macs(p, D, T, F, N, S):
     block = N * (6 * D ** 2 + 2 * D * p.ffn + 2 * D * p.heads) + S * 2 * D ** 2
-    ends = N * 2 * p.channels * D + (T + 1) * (p.freq_dim * D + D ** 2) + (9 * T + 2) * D ** 2
-    return p.layers * block + ends, p.layers * N ** 2, p.layers * N * S
+    ends = F * 2 * p.channels * D + (T + 1) * (p.freq_dim * D + D ** 2) + (9 * T + 2) * D ** 2
+    return p.layers * block + ends, p.layers * N * S
 
 
-def flops(spec, frames, rows, columns, text=None):
-    """Operations of one forward on a token grid, by kind; a multiply-add is two. `text`: tokens, default text_len."""
+def flops(spec, frames, rows, columns, text=None, memory=0, cached=0, segments=()):
+    """Operations of one forward on a token grid, by kind; a multiply-add is two. `text`: tokens, default text_len.
+
+    `memory` tokens go through the blocks too; `cached` ones are attended to alone. With `segments`, the lengths of
+    memory's, it is a prefill in which each of them sees itself.
+    """
     macs = {"wan": wan_macs, "hunyuan": hunyuan_macs, "ltx": ltx_macs}[spec.arch]
-    linear, own, words = macs(spec, spec.dim, frames, frames * rows * columns, text or spec.text_len)
-    return {"linear": 2 * linear, "self_attention": 4 * spec.dim * own, "text_attention": 4 * spec.dim * words}
+    F, S = frames * rows * columns, text or spec.text_len
+    T, N, own = frames + (memory > 0), F + memory, S if spec.arch == "hunyuan" else 0   # own: words in self-attention
+    linear, words = macs(spec, spec.dim, T, F, N, S)
+    pairs = sum(n * (n + own) for n in (*segments, F)) + own ** 2 if segments else (N + own) * (N + own + cached)
+    return {"linear": 2 * linear, "self_attention": 4 * spec.dim * spec.layers * pairs,
+            "text_attention": 4 * spec.dim * words}
+
+
+def chunk_flops(spec, mode, steps, chunk, clean, rows, columns, memory=0, new=None, text=None):
+    """Operations of a chunk of `chunk` frames in `steps` steps behind `clean` frames and `memory` tokens, by kind.
+
+    Under attention `segment`, `new` has the lengths of those segments that are not cached yet.
+    """
+    each = lambda frames, **more: flops(spec, frames, rows, columns, text, **more)
+    if mode == "joint":
+        parts = steps * [each(clean + chunk, memory=memory)]
+    else:
+        new = tuple(new or ()) if mode == "segment" else (memory,) if memory else ()
+        first = each(clean, memory=sum(new), segments=new if mode == "segment" else ()) if clean or new else {}
+        parts = [first] * bool(first) + steps * [each(chunk, cached=memory + clean * rows * columns)]
+    return {kind: sum(part[kind] for part in parts) for kind in parts[-1]}
 
 
 def describe(name):

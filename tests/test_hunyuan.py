@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from block import Group, sights
 from control import Control
-from memory import Group, sights
 from model import build, load
 
 KEYS = [(r"^img_in\.", "x_embedder."), (r"^final_layer\.linear\.", "proj_out."),     # official name -> diffusers name

@@ -5,14 +5,17 @@ keeps its blocks as latents on the host, at most 0.2 MB a frame at 480x832, and 
 """
 
 import copy
+import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
+from block import Group
 from common import autocast
-from compress import Past
+from compress import Past, Settings, attach
 from inject import Signal
-from scales import part
+from scales import part, tokens
 
 MARGIN, SWAPS = 0.1, 4              # by which share of the scores' spread a new block must win; exchanges a chunk
 DEPTHS = (0.5, 1.0, 2.0, 4.0)       # where fields of view are compared, in units of the cameras
@@ -39,18 +42,16 @@ def select(scores, shown, top, margin=MARGIN, swaps=SWAPS):
     return sorted(chosen)
 
 
-def content(model, latents):
-    """(queries, keys) [B, D] of clean `latents` [B, C, T, H, W] in the first block, without positions, summed up.
+def content(model, tokens):
+    """(queries, keys) [B, D] of clean `tokens` [B, N, D] in the first block, without positions: their means.
 
     PackForcing scores a block by the sum of q k over all pairs of tokens and heads (arXiv:2603.25730): the product of
     the sums, so a vector stands for a block. Queries are those of clean recent frames; noise would ask for nothing.
     """
-    block, B = getattr(model, model.block_list)[0], len(latents)
-    with autocast(latents.device):
-        x = model.embed(latents, 1).flatten(1, 2)[:, None]                              # [B, 1, N, D]
-        group = model.group("memory", x, latents.new_zeros(B, 1), latents.new_zeros(B, 0, 1), Signal(), (), None)
-        q, k, *_ = block.before(group)                                                  # [B, heads, N, d]
-    return [y.float().sum(2).flatten(1) for y in (q, k)]
+    B = len(tokens)
+    x, _, told = model.tell(tokens[:, None], tokens.new_zeros(B, 1), tokens.new_zeros(B, 0, 1), Signal())
+    q, k, *_ = getattr(model, model.block_list)[0].before(Group("memory", x, (), told=told))    # [B, heads, N, d]
+    return [y.float().mean(2).flatten(1) for y in (q, k)]
 
 
 def overlap(seen, c2w, K):
@@ -149,7 +150,9 @@ class History:
             block = self.latents[:, :, start:start + K]
             self.blocks.append(block.to(self.store))
             if self.settings.choose == "affinity":
-                self.keys.append(content(self.model, block)[1])
+                with autocast(block.device):
+                    seen = self.model.compress.embed(self.model, self.settings.mid, block, False)   # [B, N, D]
+                    self.keys.append(content(self.model, seen)[1])
 
     @torch.no_grad()
     def view(self, frames, control=None, offset=0):
@@ -181,7 +184,9 @@ class History:
         if m <= s.top or s.choose == "recency":
             return set(range(max(0, m - s.top), m))
         if s.choose == "affinity":
-            query = content(self.model, self.latents[:, :, -s.chunk:])[0]               # [B, D]
+            with autocast(self.latents.device):
+                recent = self.model.embed(self.latents[:, :, -s.chunk:], 1).flatten(1, 2)
+                query = content(self.model, recent)[0]                                  # [B, D]
             scores = (torch.stack(self.keys, 1) * query[:, None]).mean((0, 2))          # [m]
         else:
             if control is None or control.c2w is None or offset:
@@ -189,3 +194,68 @@ class History:
             seen = control.c2w[:, s.sink:s.sink + m * s.chunk].unflatten(1, (m, s.chunk))
             scores = overlap(seen, control.c2w[:, self.n:self.n + frames], control.K[:, self.n])
         return set(select(scores.cpu(), self.shown, s.top))
+
+
+# ---- Training --------------------------------------------------------------------------------------------------------
+
+def draw_past(shared, most, chunk, odd=0.0):
+    """Frames before a training clip: whole chunks, up to `most` frames, log-uniform: each doubling of age is as likely,
+    with the levels and plans that are new in it. A share `odd` has one more, like a start from one frame."""
+    chunks = int(math.exp(shared.random() * math.log(most // chunk + 1)) + 1e-9) - 1
+    return chunk * chunks + (chunks > 0 and shared.random() < odd)
+
+
+def clean_frames(model, frames):
+    """How many of the latest of so many frames stay as they are in front of what follows."""
+    settings = settings_of(model)
+    return frames - part(settings.plan(frames, ()))[0] if settings else 0
+
+
+def room(model, spec):
+    """`spec` with a window that, with the frames that history leaves as they are, is no longer than before."""
+    settings, K = settings_of(model), spec.chunk
+    if settings is None or settings.kind == "none":
+        return spec
+    clean = max(clean_frames(model, frames) for frames in range(10 * K, 20 * K))
+    return replace(spec, window=max(2 * K, spec.window - K * -(-clean // K)))
+
+
+def behind(model, latents, first, control=None):
+    """(start, past): what a network is given with frames `first` on of `latents`: those from `start` on, and a past."""
+    if settings_of(model) is None or not first:
+        return first, None
+    _, start, past = History(latents[:, :, :first], 0, model).view(1, control)
+    return start, replace(past, kept=None)
+
+
+# ---- Settings on a command line --------------------------------------------------------------------------------------
+
+def configure(model, cfg):
+    """Give `model` the compressor that `cfg` asks for (history, attention, recent, choose); what is not given is as in
+    its weights."""
+    given = {name: value for name in ("attention", "recent", "choose") if (value := getattr(cfg, name))}
+    if cfg.history:
+        return attach(model, Settings.of(model.spec, cfg.history, **given))
+    if given and model.compress is None:
+        raise ValueError(f"--{' --'.join(given)}: these weights have no history; give --history too")
+    return attach(model, replace(model.compress.settings, **given)) if given else model
+
+
+def budget(model, frames, height, width):
+    """What `frames` latent frames of a rollout in pixels height x width cost with the model's history, as one line."""
+    spec, s, grid, K = model.spec, settings_of(model), model.spec.grid(height, width), model.spec.chunk
+    frame = spec.channels * height * width // spec.stride[1] // spec.stride[2] * 4      # bytes of a latent frame, fp32
+    if s is None:
+        most = spec.window - K
+        return f"history: the latest {most} of {frames} frames, {most * grid[0] * grid[1]:,} tokens"
+    plans = [s.plan(T, range(min(s.top, max(0, T - s.sink - s.recent) // s.chunk))) for T in range(0, frames + 1, K)]
+    most = max(tokens(segments, grid) for segments in plans)
+    kept = sum(min(segment.end - segment.start, 1 if segment.role == "tail" else frames)
+               for segment in plans[-1] if segment.role != "mid" or s.kind != "packforcing")
+    text = (f"history {s.kind}, attention {s.attention}: of {frames} frames ({frames * grid[0] * grid[1]:,} tokens) a "
+            f"chunk sees at most {most:,} tokens; {kept} latent frames are kept, {kept * frame / 2 ** 20:.1f} MiB")
+    if s.kind == "packforcing":
+        text += f", and on the host {max(0, frames - kept) * frame / 2 ** 20:.1f} MiB of blocks"
+    if s.attention != "joint":
+        text += f"; their keys and values take {4 * spec.dim * spec.layers * most / 2 ** 30:.2f} GiB in bf16"
+    return text

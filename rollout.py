@@ -17,7 +17,7 @@ from common import autocast, generator, one_line_errors, parse, setup
 from control import Condition, Control, check_actions, parse_actions
 from encode import codec
 from flow import add_noise, euler, guide, schedule, velocity_to_x0
-from history import History
+from history import History, budget, configure
 from model import load
 from weights import ASSETS
 from video import compose, read_picture, write_video
@@ -36,8 +36,8 @@ def velocity_of(model):
             memory, frames = model.compress(model, past, x.shape[2])
             n, branch = memory.clean, (velocity, id(text))
             if branch not in past.kept:
-                past.kept[branch] = model.prefill(x[:, :, :n], text, control and n and control.frames(0, n) or None,
-                                                  memory, frames[:n], past.before.get(branch))
+                own = control.frames(0, n) if control and n else None
+                past.kept[branch] = model.prefill(x[:, :, :n], text, own, memory, frames[:n], past.before.get(branch))
             v = model(x[:, :, n:], sigma[:, n:], text, control, past.kept[branch], frames)
             return torch.cat([torch.zeros_like(x[:, :, :n]), v.to(x.dtype)], 2)
     return velocity
@@ -96,17 +96,15 @@ def ode(velocity, history, shape, sigmas, condition, noise):
 def chunks(velocity, condition, history, frames, sigmas, chunk, noise, sampler, options_at, offset=0):
     """The loop: extends `history` to `frames`. Returns (samples, finished) of what was made, both [B, C, T, H, W];
     `options_at(n)` go to the sampler of the chunk that ends at frame n. The condition begins with frame `offset`."""
-    samples, made = [history.latents[:, :, :0]], [history.latents[:, :, :0]]
+    made = [[history.latents[:, :, :0]] * 2]
     while (n := history.n) < frames:
         K = min(chunk, frames - n)
         clean, start, past = history.view(K, condition.control, offset)
         told = replace(condition.frames(start - offset, n + K - offset), past=past)
         shape = *clean.shape[:2], K, *clean.shape[3:]
-        sample, finished = sampler(velocity, clean, shape, sigmas, told, noise, **options_at(n + K))
-        history.append(finished)
-        samples.append(sample)
-        made.append(finished)
-    return torch.cat(samples, 2), torch.cat(made, 2)
+        made.append(sampler(velocity, clean, shape, sigmas, told, noise, **options_at(n + K)))
+        history.append(made[-1][1])
+    return tuple(torch.cat(each, 2) for each in zip(*made))
 
 
 def rollout(velocity, condition, prefix, frames, sigmas, chunk, window, noise, sampler=few_step, model=None, **options):
@@ -135,9 +133,10 @@ class Plan:
         """Generated frames in the loss window."""
         return self.frames - max(self.start, self.first)
 
-    def mask(self, B, device):
-        """[B, T] of the loss window: which of its frames are generated."""
-        return (torch.arange(self.first, self.frames, device=device) >= self.start).expand(B, -1)
+    def mask(self, B, device, begin=None):
+        """[B, T] of frames `begin` (default: `first`) on: which of them are generated and in the loss window."""
+        frames = torch.arange(self.first if begin is None else begin, self.frames, device=device)
+        return (frames >= max(self.start, self.first)).expand(B, -1)
 
 
 def draw_plan(shared, spec, frames, t2v, i2v, past=0, most=None, short=0.0):
@@ -217,7 +216,7 @@ class WorldModel:
             raise ValueError("step needs at least one action")
         self.actions = torch.cat([self.actions, actions], 1)
         frames = self.history.n + actions.shape[1]
-        cameras = self.codec.cameras(self.actions) if self.sees else ()                 # of one whom no wall stops
+        cameras = self.codec.cameras(self.actions) if self.sees or self.history.by_view else ()     # past all walls
         condition = Condition(self.text, Control(self.actions.to(self.device), *cameras))
         _, made = chunks(self.velocity, condition, self.history, frames, self.sigmas, self.spec.chunk, self.noise,
                          self.sampler, lambda n: {}, frames - self.actions.shape[1])
@@ -258,6 +257,11 @@ class Config:
     guidance: float = 1.0                       # of the teacher; a student needs none
     ode: bool = False                           # the teacher's Euler sampler instead of the student's
     seed: int = 0                               # start place and noise
+    history: str = ""                           # none, window, framepack or packforcing; empty: that of the weights
+    attention: str = ""                         # of history: joint, or self or segment, whose keys and values are kept
+    recent: int = 0                             # latent frames that history leaves as they are; 0: the kind's own
+    choose: str = ""                            # packforcing's blocks: affinity, recency or fov
+    horizon: float = 0.0                        # go on for so many seconds, the actions repeated; 0: once
 
     def __post_init__(self):
         if self.start not in ("frame", "clip", "dream"):
@@ -266,8 +270,8 @@ class Config:
             raise ValueError("--truth needs a start in the exact world: --start frame or clip, and no --image")
         if Path(self.out).suffix not in (".mp4", ".gif"):
             raise ValueError(f"--out ends in .mp4 or .gif, got '{self.out}'")
-        if self.steps < 1:
-            raise ValueError(f"--steps must be above 0, got {self.steps}")
+        if self.steps < 1 or self.horizon < 0:
+            raise ValueError(f"--steps must be above 0 and --horizon not below, got {self.steps}, {self.horizon}")
         if self.map not in range(len(world.MAPS)):
             raise ValueError(f"--map is 0..{len(world.MAPS) - 1}, got {self.map}")
 
@@ -294,13 +298,18 @@ def main(cfg):
     with one_line_errors():
         labels = parse_actions(cfg.actions)
         shipped = ASSETS / f"{cfg.backbone}-student.safetensors"
-        model = WorldModel(load(cfg.backbone, cfg.weights or shipped, device), cfg.steps, cfg.guidance, cfg.ode)
+        network = configure(load(cfg.backbone, cfg.weights or shipped, device), cfg)
+        if T := round(cfg.horizon * network.spec.fps / network.spec.stride[0]):
+            labels = torch.cat([labels[:1], labels[1:].repeat(T)[:T]])
+        if T or network.compress is not None:
+            print(budget(network, len(labels) + 3, *network.spec.size[1:]))
+        model = WorldModel(network, cfg.steps, cfg.guidance, cfg.ode)
         place, first = begin(cfg, model.spec)
         frames = [model.reset(cfg.prompt or world.CAPTIONS[cfg.map], first, cfg.seed)]
         Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
         open(cfg.out, "ab").close()                     # fails now rather than after the work
     happened, exact = walk(place, labels[1:]) if cfg.truth else (labels[1:], None)
-    frames = torch.cat([*frames, model.step(happened)])                                 # [T, H, W, 3]
+    frames = torch.cat(frames + [model.step(asked) for asked in happened.split(model.spec.chunk)])      # [T, H, W, 3]
     exact = torch.cat([first, exact]) if cfg.truth else None
     keys = [0] * (len(frames) - len(happened)) + happened.tolist()
     write_video(cfg.out, compose(frames, keys, cfg.steps, exact), model.spec.fps)

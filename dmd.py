@@ -113,7 +113,8 @@ class Discriminator:
     @torch.compiler.disable
     def keep(self, block, inputs, output):
         if self.listening:
-            self.tokens = output[0] if isinstance(output, tuple) else output            # video before text
+            groups, (tokens, _) = inputs[0], output                                     # of frames; not of text, memory
+            self.tokens = torch.cat([x for x, group in zip(tokens, groups) if group.frames], 1)     # [B, T, L, D]
 
     def __call__(self, x_t, sigma, cond):
         self.listening = True

@@ -55,7 +55,9 @@ def content(model, tokens):
 
 
 def overlap(seen, c2w, K):
-    """[m] which share of what cameras c2w [B, n, 4, 4], K [B, 3, 3] see is in view of blocks `seen` [B, m, k, 4, 4]."""
+    """[m] which share of what cameras c2w [B, n, 4, 4], K [B, 3, 3] see is in view of blocks `seen` [B, m, k, 4, 4].
+
+    All blocks are looked at, 10 000 points each: the one thing that a longer past makes dearer."""
     grid = [(torch.arange(n, device=c2w.device) + 0.5) / n for n in (6, 8)]
     y, x = torch.meshgrid(*grid, indexing="ij")
     pixels = torch.stack([x, y, torch.ones_like(x)], -1).reshape(-1, 3)                 # [P, 3] on the image, 0..1
@@ -131,7 +133,7 @@ class History:
         if self.settings is not None:
             missing = self.settings.sink - self.first.shape[2]
             if missing > 0 and self.at == 0:
-                self.first = self.latents[:, :, :self.settings.sink]
+                self.first = self.latents[:, :, :self.settings.sink].clone()             # a view would keep all alive
             needed = [s.start for s in self.plan(()) if s.role not in ("sink", "tail")]
             keep = min([keep, *needed])
             self.archive()
@@ -148,7 +150,7 @@ class History:
         while len(self.blocks) < whole:
             start = sink + K * len(self.blocks) - self.at
             block = self.latents[:, :, start:start + K]
-            self.blocks.append(block.to(self.store))
+            self.blocks.append(block.to(self.store, copy=True))
             if self.settings.choose == "affinity":
                 with autocast(block.device):
                     seen = self.model.compress.embed(self.model, self.settings.mid, block, False)   # [B, N, D]
@@ -163,7 +165,7 @@ class History:
         self.shown = self.choose(frames, control, offset)
         start, older = part(self.plan(self.shown))
         latents = tuple(self.of(segment) for segment in older)
-        before, self.kept = self.kept, {}
+        before, self.kept = self.kept if self.settings.attention == "segment" else {}, {}
         past = Past(tuple(older), latents, start, self.n, self.kept, before)
         return Seen(self.latents[:, :, start - self.at:], start, past)
 
@@ -241,14 +243,15 @@ def configure(model, cfg):
     return attach(model, replace(model.compress.settings, **given)) if given else model
 
 
-def budget(model, frames, height, width):
-    """What `frames` latent frames of a rollout in pixels height x width cost with the model's history, as one line."""
-    spec, s, grid, K = model.spec, settings_of(model), model.spec.grid(height, width), model.spec.chunk
-    frame = spec.channels * height * width // spec.stride[1] // spec.stride[2] * 4      # bytes of a latent frame, fp32
+def budget(model, start, labels):
+    """What a rollout of so many labels behind `start` latent frames costs with the model's history, at native size."""
+    spec, s, frames = model.spec, settings_of(model), start + labels - 1
+    grid, K = spec.grid(*spec.size[1:]), spec.chunk
+    frame = spec.channels * math.prod(n // m for n, m in zip(spec.size[1:], spec.stride[1:])) * 4   # bytes, fp32
     if s is None:
         most = spec.window - K
         return f"history: the latest {most} of {frames} frames, {most * grid[0] * grid[1]:,} tokens"
-    plans = [s.plan(T, range(min(s.top, max(0, T - s.sink - s.recent) // s.chunk))) for T in range(0, frames + 1, K)]
+    plans = [s.plan(T, range(min(s.top, max(0, T - s.sink - s.recent) // s.chunk))) for T in range(start, frames + 1, K)]
     most = max(tokens(segments, grid) for segments in plans)
     kept = sum(min(segment.end - segment.start, 1 if segment.role == "tail" else frames)
                for segment in plans[-1] if segment.role != "mid" or s.kind != "packforcing")

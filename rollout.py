@@ -301,10 +301,10 @@ def main(cfg):
         network = configure(load(cfg.backbone, cfg.weights or shipped, device), cfg)
         if T := round(cfg.horizon * network.spec.fps / network.spec.stride[0]):
             labels = torch.cat([labels[:1], labels[1:].repeat(T)[:T]])
-        if T or network.compress is not None:
-            print(budget(network, len(labels) + 3, *network.spec.size[1:]))
         model = WorldModel(network, cfg.steps, cfg.guidance, cfg.ode)
         place, first = begin(cfg, model.spec)
+        if T or network.compress is not None:
+            print(budget(network, model.spec.chunk if first is None else len(first), len(labels)), flush=True)
         frames = [model.reset(cfg.prompt or world.CAPTIONS[cfg.map], first, cfg.seed)]
         Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
         open(cfg.out, "ab").close()                     # fails now rather than after the work

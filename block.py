@@ -7,7 +7,7 @@ history hears and the `text` of the frames. Without memory there are frames and 
     joint     all see all (BiWM, arXiv:2606.10135): history's features depend on the noisy chunk, nothing can be kept
     self      history (memory, clean, caption) sees history alone; frames and text see memory, clean and themselves
     segment   segments of memory see themselves and the caption, clean frames likewise, the caption itself; frames and
-              text as before
+              text as before. A segment is encoded as if it began at time 0, as the caption has no position
 
 No mask is needed for that: attention is called once for each set of groups that see the same. Keys are kept before
 rotary positions and turned when they are read; turning kept bf16 keys again and again would wear them off.
@@ -44,6 +44,7 @@ class Group(NamedTuple):
     e: torch.Tensor | None = None           # time embedding of the rows, for the head
     told: tuple = ()                        # modulation, text, ...: what a block of the architecture takes besides
     words: torch.Tensor | None = None       # [B, L] bool: which tokens are to be seen; None: all
+    home: tuple | None = None               # as `rope`, within segments that see themselves alone
 
     def count(self):
         """Number of tokens (a NamedTuple has a length of its own)."""
@@ -84,11 +85,15 @@ def join(parts):
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
-def meet(sight, q, k, v, attend):
-    """Attention outputs [B, n, D] by number of the group; None where it has no queries. q, k, v [B, heads, n, d]."""
+def meet(sight, q, k, v, attend, alone=None):
+    """Attention outputs [B, n, D] by number of the group; None where it has no queries.
+
+    q, k, v [B, heads, n, d]; what segments see are the keys `alone`.
+    """
     out = [None] * len(q)
     for asking, seen, lengths, mask in sight:
-        given = [join([x[i] for i in which]) for x, which in ((q, asking), (k, seen), (v, seen))]
+        keys = alone or k if lengths else k
+        given = [join([x[i] for i in which]) for x, which in ((q, asking), (keys, seen), (v, seen))]
         y = apart(*given, lengths, mask, attend) if lengths else attend(*given, mask)
         y = rearrange(y, "b h n d -> b n (h d)")
         for i, part in zip(asking, y.split([q[i].shape[2] for i in asking], 1)):
@@ -139,10 +144,11 @@ class Block(nn.Module):
         """
         said = [(None, *pair, None) for pair in past] + [self.before(g) for g in groups[len(past):]]
         q, k, v, rest = zip(*said)
-        place = lambda x, g: x if x is None or g.rope is None else self.turn(x, g.rope)
-        placed = ([place(x, g) for x, g in zip(xs, groups)] for xs in (q, k))
-        alike = ([x if x is None else x.to(y.dtype) for x, y in zip(xs, v)] for xs in placed)
-        heard = meet(sight, *alike, v, self.attend)
+        place = lambda x, rope, like: x if x is None else (self.turn(x, rope) if rope else x).to(like.dtype)
+        keys = [place(x, g.rope, y) for x, g, y in zip(k, groups, v)]
+        alone = [place(x, g.home, y) if g.home else key for x, g, y, key in zip(k, groups, v, keys)]
+        asked = [place(x, g.home or g.rope, y) for x, g, y in zip(q, groups, v)]
+        heard = meet(sight, asked, keys, v, self.attend, alone)
         added = geometry(groups, sight, q, k, v, branch, self.attend)
         xs = [self.after(g, *each) for g, *each in zip(groups, heard, added, rest) if g.x is not None]
         return xs, [(k[i].to(v[i].dtype), v[i]) for i, g in enumerate(groups) if keep and g.role in ("memory", "clean")]

@@ -52,6 +52,12 @@ class Memory:
             raise ValueError(f"tokens of one segment of memory must be neighbours, got the order {ids.tolist()}")
         return list(zip(ids.tolist(), counts.tolist()))
 
+    def at_home(self):
+        """The same with each segment beginning at time 0."""
+        first = [centres[0, 0] for centres in self.centres.split([n for _, n in self.segments()])]
+        time = torch.stack(first)[torch.unique_consecutive(self.segment, return_inverse=True)[1]]   # [N]
+        return replace(self, centres=torch.cat([(self.centres[:, 0] - time)[:, None], self.centres[:, 1:]], 1))
+
     def without(self, other):
         """The tokens of segments that `other` does not have."""
         keep = ~torch.isin(self.segment, other.segment)                                 # [N]
@@ -118,7 +124,8 @@ def enter(model, x, sigma, text, control, memory, frames, fresh):
         if fresh.tokens.shape[::2] != (B, model.spec.dim):
             raise ValueError(f"memory tokens are [{B}, N, {model.spec.dim}], got {list(fresh.tokens.shape)}")
         tokens, e, told = model.tell(fresh.tokens[:, None].to(x.dtype), zero, text, Signal())
-        groups.append(Group("memory", tokens, rope(model.places(fresh)), None, e, told))
+        home = rope(model.places(fresh.at_home())) if memory.mode == "segment" else None
+        groups.append(Group("memory", tokens, rope(model.places(fresh)), None, e, told, home=home))
     groups += [part("clean", 0, n)] if n else []
     if groups and not cached and memory.mode != "joint":
         groups += model.words("caption", text, torch.cat([zero, sigma[:, :n]], 1))

@@ -769,24 +769,25 @@ def load(name, source=None, device="cpu", dtype=torch.float32, control=None, par
 
 # ---- Counting --------------------------------------------------------------------------------------------------------
 
-def wan_macs(p, D, T, F, N, S):
-    """Multiply-adds of linear layers, with F tokens of T frames among N, and query-key pairs of attention to S words."""
-    block = N * (6 * D ** 2 + 2 * D * p.ffn) + S * 2 * D ** 2
+def wan_macs(p, D, T, F, N, S, G):
+    """Multiply-adds of linear layers and query-key pairs of attention to S words: F tokens of frames among N, with T
+    modulations, in G groups."""
+    block = N * (6 * D ** 2 + 2 * D * p.ffn) + G * S * 2 * D ** 2
     ends = F * 2 * p.channels * math.prod(p.patch) * D
     ends += S * (p.text_dim * D + D ** 2) + T * (p.freq_dim * D + 7 * D ** 2)
     return p.layers * block + ends, p.layers * N * S
 
 
-def hunyuan_macs(p, D, T, F, N, S):
+def hunyuan_macs(p, D, T, F, N, S, G):
     block = (N + S) * (4 * D ** 2 + 2 * D * p.ffn) + (T + 1) * 6 * D ** 2
     ends = F * (3 * p.channels + 1) * math.prod(p.patch) * D + T * 2 * D ** 2 + (T + 2) * (p.freq_dim * D + D ** 2)
     refiner = 2 * (S * 12 * D ** 2 + 2 * D ** 2) + (S + 1) * p.text_dim * D + D ** 2    # two blocks
     return p.layers * block + ends + refiner, 2 * S ** 2
 
 
-def ltx_macs(p, D, T, F, N, S):
-    block = N * (6 * D ** 2 + 2 * D * p.ffn + 2 * D * p.heads) + S * 2 * D ** 2
-    ends = F * 2 * p.channels * D + (T + 1) * (p.freq_dim * D + D ** 2) + (9 * T + 2) * D ** 2
+def ltx_macs(p, D, T, F, N, S, G):
+    block = N * (6 * D ** 2 + 2 * D * p.ffn + 2 * D * p.heads) + G * S * 2 * D ** 2
+    ends = F * 2 * p.channels * D + (T + G) * (p.freq_dim * D + D ** 2) + (9 * T + 2 * G) * D ** 2
     return p.layers * block + ends, p.layers * N * S
 
 
@@ -799,7 +800,7 @@ def flops(spec, frames, rows, columns, text=None, memory=0, cached=0, segments=(
     macs = {"wan": wan_macs, "hunyuan": hunyuan_macs, "ltx": ltx_macs}[spec.arch]
     F, S = frames * rows * columns, text or spec.text_len
     T, N, own = frames + (memory > 0), F + memory, S if spec.arch == "hunyuan" else 0   # own: words in self-attention
-    linear, words = macs(spec, spec.dim, T, F, N, S)
+    linear, words = macs(spec, spec.dim, T, F, N, S, (F > 0) + (memory > 0))
     pairs = sum(n * (n + own) for n in (*segments, F)) + own ** 2 if segments else (N + own) * (N + own + cached)
     return {"linear": 2 * linear, "self_attention": 4 * spec.dim * spec.layers * pairs,
             "text_attention": 4 * spec.dim * words}

@@ -25,7 +25,8 @@ from torch.nn.attention import sdpa_kernel
 
 from common import fail, one_line_errors, parse, provenance, require_positive
 from parallel import checkpoint_blocks, compile_blocks
-from model import FASTEST, PRESETS, attention, build_on, flops, preset
+from block import FASTEST, attention
+from model import PRESETS, build_on, flops, preset
 
 TEXT = {"hunyuan": 300}                     # valid text tokens of a usual prompt; other backbones always see text_len
 TINY = dict(dim=64, heads=4, ffn=128, layers=2, freq_dim=32, text_dim=64, rope_dims=(4, 6, 6), size=(9, 64, 96))

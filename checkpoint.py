@@ -7,6 +7,7 @@ import shutil
 import time
 from pathlib import Path
 
+import torch
 import torch.distributed.checkpoint as dcp
 import torch.distributed.checkpoint.state_dict as dsd
 from tqdm import tqdm
@@ -79,6 +80,8 @@ def save_checkpoint(folder, step, modules, optimizers, averages):
     partial = final.with_suffix(".partial")
     if rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
+    for optimizer in optimizers.values():
+        complete(optimizer)
     barrier()
     dcp.save(_state(modules, optimizers, averages), checkpoint_id=partial)
     barrier()
@@ -92,6 +95,18 @@ def save_checkpoint(folder, step, modules, optimizers, averages):
         for old in sorted(Path(folder).glob("checkpoint-????????"))[:-1]:
             shutil.rmtree(old)
     barrier()
+
+
+def complete(optimizer):
+    """Give parameters of AdamW without any gradient so far the state that they will begin with: a checkpoint has all.
+
+    A level of a compressed history has none before a past is long enough.
+    """
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p not in optimizer.state:
+                count = torch.zeros((), device=p.device if group["fused"] else "cpu")
+                optimizer.state[p] = {"step": count, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
 
 def load_checkpoint(folder, stop, modules, optimizers, averages):

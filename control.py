@@ -11,7 +11,7 @@ An action is a label `9 * translation + rotation`, one per latent frame, in the 
 import math
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
@@ -251,17 +251,21 @@ class Control:
 
 @dataclass(frozen=True)
 class Condition:
-    """What a velocity network is told besides noise: `text` (see `model.Spec`), `control` of the same T frames."""
+    """What a velocity network is told besides noise: `text` (see `model.Spec`), `control` of the same T frames, and the
+    `past` before them (see `compress.Past`)."""
     text: dict
     control: Control | None = None
+    past: object | None = None
 
     def frames(self, start, stop):
         """The condition of frames start..stop-1."""
-        return self if self.control is None else Condition(self.text, self.control.frames(start, stop))
+        if start and self.past is not None:
+            raise ValueError(f"the past of this condition ends before its frame 0, not before frame {start}")
+        return self if self.control is None else replace(self, control=self.control.frames(start, stop))
 
     def null(self, text):
-        """The unconditional branch of guidance: the negative `text` and no control at all."""
-        return Condition(text, None)
+        """The unconditional branch of guidance: the negative `text` and no control at all, behind the same past."""
+        return replace(self, text=text, control=None)
 
 
 def main(argument):

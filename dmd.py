@@ -11,6 +11,7 @@ network gets them at sigma 0, and neither a loss nor its normaliser counts them.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -112,7 +113,8 @@ class Discriminator:
     @torch.compiler.disable
     def keep(self, block, inputs, output):
         if self.listening:
-            self.tokens = output[0] if isinstance(output, tuple) else output            # video before text
+            groups, (tokens, _) = inputs[0], output                                     # of frames; not of text, memory
+            self.tokens = torch.cat([x for x, group in zip(tokens, groups) if group.frames], 1)     # [B, T, L, D]
 
     def __call__(self, x_t, sigma, cond):
         self.listening = True
@@ -137,16 +139,16 @@ def gan_student_loss(logits, x0, cond, sigma, mask=None):
     return frame_mean(F.softplus(-logits(x_t, sigma, cond)), mask)
 
 
-def gan_critic_loss(logits, real, fake, cond, sigma, mask=None):
+def gan_critic_loss(logits, real, fake, cond, sigma, mask=None, told=None):
     """The discriminator's loss, E[-log D(real_t)] + E[-log(1 - D(fake_t))], and what keeps its slope finite.
 
     R1 and R2, E|grad D|^2 on real and on generated data (R3GAN, arXiv:2501.05441), by finite differences as in APT
     (arXiv:2501.08316): the mean of ((D(x + h n) - D(x)) / h)^2 over normal n is |grad D|^2, without a second backward.
-    Returns the loss and what to log.
+    `told`: the condition of the real clip, if it is another. Returns the loss and what to log.
     """
     mask, loss, gap = everywhere(real, mask), 0.0, 0.0
     sigma, m = on_frames(sigma, mask), mask[:, None, :, None, None]
-    for x, sign in ((real, -1), (fake.detach(), 1)):
+    for x, sign, cond in ((real, -1, told or cond), (fake.detach(), 1, cond)):
         x_t = add_noise(x, torch.randn_like(x), sigma)                                  # [B, C, T, H, W]
         d, moved = logits(x_t, sigma, cond), logits(x_t + R_STEP * torch.randn_like(x) * m, sigma, cond)    # [B, T]
         slope = frame_mean(((moved - d) / R_STEP).square(), mask)
@@ -235,6 +237,7 @@ class Clip(NamedTuple):
     cond: Condition
     null: Condition
     mask: torch.Tensor              # [B, T] true on generated frames
+    past: object = None             # what lies before `real`; before x0 it is in cond and null
 
 
 def student_gradients(nets, recipe, clip, stop, chunk, share=1.0):
@@ -256,7 +259,8 @@ def student_gradients(nets, recipe, clip, stop, chunk, share=1.0):
     with nets.using("student"):
         clip.x0.backward(share * gradient)
 
-    x0, cond, null = clip.real[:, :, :stop], clip.cond.frames(0, stop), clip.null
+    x0, null = clip.real[:, :, :stop], replace(clip.null, past=clip.past)
+    cond = replace(clip.cond.frames(0, stop), past=clip.past)
     mask = clip.mask[:, :stop] & (torch.arange(stop, device=x0.device) >= stop - chunk)
     levels = schedule(recipe.denoise * TEACHER_STEPS, recipe.shift)[:TEACHER_STEPS + 1]     # the student's first step
     terms = {"teacher_fkl": lambda: teacher_fkl_loss(nets.student, nets.teacher, x0, cond, null, levels,
@@ -277,7 +281,8 @@ def critic_gradients(nets, recipe, clip, share=1.0):
     error = critic_error(nets.critic, clip.x0, clip.cond, sigma, clip.mask)
     loss = critic = masked_mean(error, clip.mask)
     if recipe.gan:
-        gan, stats = gan_critic_loss(nets.discriminator, clip.real, clip.x0, clip.cond, recipe.draw(clip.x0), clip.mask)
+        gan, stats = gan_critic_loss(nets.discriminator, clip.real, clip.x0, clip.cond, recipe.draw(clip.x0), clip.mask,
+                                     replace(clip.cond, past=clip.past))
         loss = loss + GAN_CRITIC * gan
     with nets.using("critic"):
         (share * loss).backward()

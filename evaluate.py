@@ -130,7 +130,8 @@ def dream(sampler, coder, trips, video, seed, piece=128):
         condition = Condition({k: v[maps] for k, v in captions.items()}, told)
         out.append(coder.decode(rollout(
             velocity, condition, coder.encode(video[i:i + piece, :START]), video.shape[1],
-            schedule(sampler.steps, spec.shift), spec.chunk, spec.window, noise, ode if sampler.ode else few_step)))
+            schedule(sampler.steps, spec.shift), spec.chunk, spec.window, noise, ode if sampler.ode else few_step,
+            sampler.model)))
     return torch.cat(out)
 
 

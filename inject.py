@@ -9,7 +9,6 @@ Each has parameters that begin at zero in exactly one place, so an untrained one
 was and yet learns; `text` has none. They are `control.*` in checkpoints.
 """
 
-from collections import namedtuple
 from typing import NamedTuple
 
 import torch
@@ -43,8 +42,17 @@ class Sentences(NamedTuple):
         return Sentences(states.flatten(0, 1), labels, self.words)
 
 
-# `prope` in one block: matrices [B, T, 4, 4] of queries, of keys and values, of the output; the output's projection
-Branch = namedtuple("Branch", "query key out project")
+class Branch(NamedTuple):
+    """`prope` in one block: matrices [B, T, 4, 4] of queries, of keys and values, of the output; its projection."""
+    query: torch.Tensor
+    key: torch.Tensor
+    out: torch.Tensor
+    project: nn.Module
+
+    def cut(self, asking, seen):
+        """For queries of the frames `asking` and keys of the frames `seen`, each [start, stop)."""
+        asking, seen = slice(*asking), slice(*seen)
+        return Branch(self.query[:, asking], self.key[:, seen], self.out[:, asking], self.project)
 
 
 class Signal(NamedTuple):
@@ -53,6 +61,12 @@ class Signal(NamedTuple):
     tokens: torch.Tensor | float = 0.0      # [B, T, L, D], to be added to the patch tokens
     sentences: Sentences | None = None      # for `hear`, in every cross-attention
     branches: dict = {}                     # for `prope`: number of a block -> its Branch
+
+    def frames(self, start, stop):
+        """What the frames start..stop-1 are told; `branches` are of all frames and stay so (`Branch.cut`)."""
+        part = lambda x: x[:, start:stop] if torch.is_tensor(x) else x
+        said = self.sentences and Sentences(self.sentences.states, *(part(x) for x in self.sentences[1:]))
+        return Signal(part(self.time), part(self.tokens), said, self.branches)
 
 
 def hear(q, k, v, sentences, keys, attend):

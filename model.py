@@ -8,7 +8,6 @@ checkpoints, so loading is strict and needs no key map; what this project adds l
     python model.py wan2.2-5b            # sizes, tokens and operations of a preset, nothing allocated
 """
 
-import contextlib
 import math
 import re
 import sys
@@ -19,12 +18,15 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import compress
 import inject
 import nvfp4
 import weights
+from block import Block, Group, attention
 from common import rank
+from memory import EMPTY, Cache, enter, prefill, through
+from rotary import grid, ltx_rope, rotary, rotate, rotate_halves
 
 
 @dataclass(frozen=True)
@@ -130,41 +132,8 @@ def sinusoid(t, dim, dtype=torch.float32):
     return torch.cat([angle.cos(), angle.sin()], -1).float()
 
 
-def rotary(frames, rows, columns, dims, theta, dtype):
-    """cos and sin [T * rows * columns, head_dim / 2] of a 3-D rotary embedding (RoFormer, arXiv:2104.09864).
-
-    `dims` channels of a head turn with time, height and width, each axis with its own frequency ladder of base `theta`.
-    `frames` [T] are positions on the time axis, fractional allowed; nothing is tabulated, so positions have no limit.
-    Angles are computed in the `dtype` of the official code, or its numbers are not met.
-    """
-    axes = frames, torch.arange(rows, device=frames.device), torch.arange(columns, device=frames.device)
-    grid = torch.meshgrid(*(axis.to(dtype) for axis in axes), indexing="ij")
-    angles = []
-    for position, dim in zip(grid, dims):
-        omega = 1 / theta ** (torch.arange(0, dim, 2, dtype=dtype, device=frames.device) / dim)
-        angles.append(position.flatten()[:, None] * omega)                              # [N, dim / 2]
-    angle = torch.cat(angles, -1)                                                       # [N, head_dim / 2]
-    return angle.cos().float(), angle.sin().float()
-
-
-def rotate(x, rope):
-    """Turn neighbouring channel pairs of x [B, heads, N, d] by the angles `rope` (cos, sin [N, d / 2]), in fp32."""
-    cos, sin = rope
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)                                  # each [B, heads, N, d / 2]
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
-
-
 def split(x, heads):
     return rearrange(x, "b n (h d) -> b h n d", h=heads)
-
-
-FASTEST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-
-def attention(q, k, v, mask=None):
-    """Softmax attention [B, heads, N, d] by the first kernel of FASTEST that can; on Hopper cuDNN is 1.6x flash."""
-    with sdpa_kernel(FASTEST, set_priority=True) if q.is_cuda else contextlib.nullcontext():
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 class Backbone(nn.Module):
@@ -178,7 +147,7 @@ class Backbone(nn.Module):
         super().__init__()
         if spec.rope_dims and sum(spec.rope_dims) * spec.heads != spec.dim:
             raise ValueError(f"rope_dims {spec.rope_dims} must add up to dim / heads = {spec.dim / spec.heads:g}")
-        self.spec, self.control = spec, None            # control.attach gives it one
+        self.spec, self.control, self.compress = spec, None, None       # inject.attach and compress.attach give it
 
     @staticmethod
     def official(key):
@@ -189,16 +158,62 @@ class Backbone(nn.Module):
         """Of a parameter in a model with `dtype` weights: what computes in fp32 is stored so."""
         return torch.float32 if self.fp32.search(key) else dtype
 
-    def forward(self, x, sigma, text, control=None, frames=None):
+    def forward(self, x, sigma, text, control=None, memory=None, frames=None):
         """Velocity [B, C, T, H, W] of the latents `x`.
 
         x        [B, C, T, H, W]  clean history frames and noisy frames together, in time order
         sigma    [B, T]           noise level of each frame; float32
         text     dict             states of the text encoder; the keys are documented at each architecture
         control  Control | None   actions and cameras of the same T frames
+        memory   Memory | None    older history as tokens, and who attends to whom (memory.py); or the Cache of it, or
+                                  a Past (compress.py), for this network's own compressor
         frames   [T] float | None positions of the frames on the time axis, default 0..T-1
+
+        With a `Cache`, x and sigma are of the chunk alone; control and frames are of the clean frames in it and of x.
         """
-        raise NotImplementedError
+        if isinstance(memory, compress.Past):
+            memory, frames = self.compress(self, memory, x.shape[2])
+        cache = memory if isinstance(memory, Cache) else None
+        memory = cache.memory if cache else memory or EMPTY
+        groups, branches = enter(self, x, sigma, text, control, memory, frames, None if cache else memory)
+        groups, _ = through(self, groups, branches, memory, cache and cache.layers)
+        return torch.cat([self.leave(g.x, g.e, x.shape[3]) for g in groups if g.frames and g.x is not None], 2)
+
+    def prefill(self, x, text, control=None, memory=None, frames=None, past=None):
+        """The `Cache` of a chunk's history: `memory` and, at sigma 0, clean frames x [B, C, T, H, W], T may be 0.
+
+        control and frames are of x. Under attention `segment`, segments that the Cache `past` of the same text has are
+        not computed again.
+        """
+        return prefill(self, x, text, control, memory, frames, past)
+
+    def embed(self, x, start=0):
+        """Tokens [B, T, L, D] of clean frames, as they enter the first block; `start` is the number of the first."""
+        return self.patchify(self.inputs(x, x.new_zeros(x.shape[:3:2]), {}, start == 0))
+
+    # What an architecture has of its own, besides its blocks: patchify(x), its embedding of patches [B, T, L, D];
+    # rope(centres [N, 3], older), cos and sin; tell(x, sigma, text, signal), the tokens x as they enter the blocks, the
+    # time embedding that the head takes, what blocks are told; leave(x, e, H), the head; and what differs of these:
+
+    def inputs(self, x, sigma, text, begins):
+        """What is patchified of the latents `x`, the beginning of a video or not: [B, C', T, H, W]."""
+        return x
+
+    def centres(self, frames, H, W):
+        """Where the tokens of frames of H x W latents are, at the positions `frames`: [N, 3], as in `Memory`."""
+        return grid(frames, H // self.spec.patch[1], W // self.spec.patch[2])
+
+    def places(self, memory):
+        """Where the tokens of memory are, as `rope` takes it."""
+        return memory.centres
+
+    def prepare(self, text, signal, B):
+        """Text, and a signal's sentences, embedded once for all groups."""
+        return text, signal
+
+    def words(self, role, text, sigma):
+        """Groups of text tokens for self-attention, for frames at noise levels sigma [B, T]."""
+        return []
 
     def check(self, x, sigma):
         """Refuse latents and noise levels that do not fit; returns the shape of `x`."""
@@ -211,19 +226,19 @@ class Backbone(nn.Module):
             raise ValueError(f"sigma is one noise level per frame [{B}, {T}], got {list(sigma.shape)}")
         return x.shape
 
-    def inject(self, control, x):
-        """What `control` adds to a forward of the latents `x`, and where."""
+    def inject(self, control, shape):
+        """What `control` adds to a forward of latents of `shape`, and where."""
         if control is None:
             return inject.Signal()
         if self.control is None:
             raise ValueError("this backbone has no control parameters; control.attach(backbone) adds them")
-        return self.control(control, x.shape, self.spec.patch)
+        return self.control(control, shape, self.spec.patch)
 
 
 # ---- Wan -------------------------------------------------------------------------------------------------------------
 
 class Attention(nn.Module):
-    """Attention of `x` to `context`, or to itself with rotary positions; bidirectional, without masks."""
+    """Attention of `x` to `context`; or its queries, keys and values for attention among tokens of one kind."""
 
     def __init__(self, dim, heads, eps):
         super().__init__()
@@ -231,22 +246,26 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
 
-    def forward(self, x, context=None, rope=None, sentences=None, branch=None):         # [B, N, D], [B, S, D]
-        keys = lambda context: (split(self.norm_k(self.k(context)), self.heads), split(self.v(context), self.heads))
-        q, (k, v) = split(self.norm_q(self.q(x)), self.heads), keys(x if context is None else context)
-        added = 0.0 if branch is None else inject.prope(q, k, v, branch, attention)     # [B, N, D]
-        if rope is not None:
-            q, k = rotate(q, rope), rotate(k, rope)
-        y = inject.hear(q.to(v.dtype), k.to(v.dtype), v, sentences, keys, attention)    # [B, heads, N, d]
-        return self.o(rearrange(y, "b h n d -> b n (h d)")) + added
+    def asks(self, x):                                  # [B, N, D] -> queries, keys, values [B, heads, N, d]
+        return split(self.norm_q(self.q(x)), self.heads), *self.keys(x)
+
+    def keys(self, x):
+        return split(self.norm_k(self.k(x)), self.heads), split(self.v(x), self.heads)
+
+    def forward(self, x, context, sentences=None):                                      # [B, N, D], [B, S, D]
+        q, (k, v) = split(self.norm_q(self.q(x)), self.heads), self.keys(context)
+        y = inject.hear(q.to(v.dtype), k.to(v.dtype), v, sentences, self.keys, attention)   # [B, heads, N, d]
+        return self.o(rearrange(y, "b h n d -> b n (h d)"))
 
 
-class WanBlock(nn.Module):
+class WanBlock(Block):
     """Transformer block of Wan: self-attention, cross-attention to the text, MLP (arXiv:2503.20314, section 4).
 
     adaLN (DiT, arXiv:2212.09748) with one modulation vector per latent frame: history frames carry that of sigma 0,
     current frames that of theirs, and attention is bidirectional over both.
     """
+
+    turn = staticmethod(rotate)
 
     def __init__(self, spec):
         super().__init__()
@@ -257,15 +276,17 @@ class WanBlock(nn.Module):
         self.cross_attn = Attention(D, spec.heads, spec.eps)
         self.ffn = nn.Sequential(nn.Linear(D, spec.ffn), nn.GELU("tanh"), nn.Linear(spec.ffn, D))
 
-    def forward(self, x, e6, text, rope, sentences=None, branch=None):  # [B, T, L, D], [B, T, 6, D] fp32, [B, S, D]
-        T, L = x.shape[1:3]
-        shift1, scale1, gate1, shift2, scale2, gate2 = (e6 + self.modulation).split(1, dim=2)   # each [B, T, 1, D]
+    def before(self, g):                                # x [B, T, L, D]; told: e6 [B, T, 6, D] fp32, text [B, S, D]
+        shift, scale, *rest = (g.told[0] + self.modulation).split(1, dim=2)             # each [B, T, 1, D]
+        return *self.self_attn.asks(modulate(layer_norm(g.x, self.eps), shift, scale).flatten(1, 2)), rest
 
-        h = modulate(layer_norm(x, self.eps), shift1, scale1).flatten(1, 2)             # [B, T*L, D]
-        x = x + gate1 * self.self_attn(h, rope=rope, branch=branch).unflatten(1, (T, L))    # [B, T, L, D]
+    def after(self, g, y, added, modulation):
+        (T, L), (_, text, sentences) = g.x.shape[1:3], g.told
+        gate1, shift2, scale2, gate2 = modulation
+        x = g.x + gate1 * (self.self_attn.o(y) + added).unflatten(1, (T, L))            # [B, T, L, D]
 
         h = self.norm3(x).flatten(1, 2)
-        x = x + self.cross_attn(h, text, sentences=sentences).unflatten(1, (T, L))      # ungated: text always acts
+        x = x + self.cross_attn(h, text, sentences).unflatten(1, (T, L))                # ungated: text always acts
 
         h = modulate(layer_norm(x, self.eps), shift2, scale2)
         return x + gate2 * self.ffn(h)
@@ -286,7 +307,10 @@ class WanHead(nn.Module):
 
 
 class Wan(Backbone):
-    """Wan2.1-T2V-1.3B, Wan2.2-TI2V-5B and the embedded world's tiny and small: one architecture."""
+    """Wan2.1-T2V-1.3B, Wan2.2-TI2V-5B and the embedded world's tiny and small: one architecture.
+
+    text: {"text": [B, <= text_len, text_dim]}.
+    """
 
     block_list = "blocks"
     fp32 = re.compile(r"^(time_|head|control\.(translation|rotation))|norm|modulation")
@@ -312,26 +336,28 @@ class Wan(Backbone):
         nn.init.zeros_(self.head.head.weight)
         return self
 
-    def forward(self, x, sigma, text, control=None, frames=None):
-        """See `Backbone.forward`. text: {"text": [B, <= text_len, text_dim]}."""
-        B, C, T, H, W = self.check(x, sigma)
-        p, (_, q, r) = self.spec, self.spec.patch
-        frames = torch.arange(T, device=x.device) if frames is None else frames
-        third = p.dim // p.heads // 6 * 2                                               # even; time takes the rest
-        axes = p.rope_dims or (p.dim // p.heads - 2 * third, third, third)
-        rope, signal = rotary(frames, H // q, W // r, axes, 10000, torch.float64), self.inject(control, x)
-
-        with torch.autocast(x.device.type, enabled=False):                           # the time path is never below fp32
-            e = self.time_embedding(sinusoid(1000 * sigma.double(), p.freq_dim, torch.float64)) + signal.time
-            e6 = self.time_projection(e).unflatten(-1, (6, p.dim))                      # [B, T, 6, D] of e [B, T, D]
-
-        context = self.embed_text(text["text"])                                         # [B, S, D]
-        said = signal.sentences and signal.sentences.embed(self.text_embedding)
+    def patchify(self, x):                              # the convolution, as a linear layer
+        _, q, r = self.spec.patch
         x = rearrange(x, "b c t (h q) (w r) -> b t (h w) (c q r)", q=q, r=r)            # [B, T, L, C * q * r]
-        x = F.linear(x, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)  # the convolution
-        x = x.float() + signal.tokens                                        # [B, T, L, D]; the residual stream is fp32
-        for i, block in enumerate(self.blocks):
-            x = block(x, e6, context, rope, said, signal.branches.get(i))
+        return F.linear(x, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
+
+    def rope(self, centres, older):
+        third = self.spec.dim // self.spec.heads // 6 * 2                               # even; time takes the rest
+        axes = self.spec.rope_dims or (self.spec.dim // self.spec.heads - 2 * third, third, third)
+        return rotary(centres, axes, 10000, torch.float64)
+
+    def prepare(self, text, signal, B):
+        said = signal.sentences and signal.sentences.embed(self.text_embedding)
+        return self.embed_text(text["text"]), signal._replace(sentences=said)           # [B, S, D]
+
+    def tell(self, x, sigma, text, signal):
+        with torch.autocast(x.device.type, enabled=False):                           # the time path is never below fp32
+            e = self.time_embedding(sinusoid(1000 * sigma.double(), self.spec.freq_dim, torch.float64)) + signal.time
+            e6 = self.time_projection(e).unflatten(-1, (6, self.spec.dim))              # [B, T, 6, D] of e [B, T, D]
+        return x.float() + signal.tokens, e, (e6, text, signal.sentences)               # the residual stream is fp32
+
+    def leave(self, x, e, H):
+        _, q, r = self.spec.patch
         with torch.autocast(x.device.type, enabled=False):
             x = self.head(x, e)                                                         # [B, T, L, C * q * r]
         return rearrange(x, "b t (h w) (q r c) -> b c t (h q) (w r)", h=H // q, q=q, r=r)
@@ -395,8 +421,10 @@ class TokenRefiner(nn.Module):
         return h                                                                        # [B, S, D]
 
 
-class HunyuanBlock(nn.Module):
+class HunyuanBlock(Block):
     """Double-stream block (MMDiT of SD3, arXiv:2403.03206, figure 2b): two sets of weights, one attention."""
+
+    turn = staticmethod(rotate)
 
     def __init__(self, spec):
         super().__init__()
@@ -409,31 +437,31 @@ class HunyuanBlock(nn.Module):
         self.img_mlp, self.txt_mlp = (named(fc1=nn.Linear(D, M), act=nn.GELU("tanh"), fc2=nn.Linear(M, D))
                                       for _ in range(2))
 
-    def forward(self, x, txt, c, c_txt, rope, mask, branch=None):  # [B, T, L, D], [B, 1, S, D], [B, T|1, 1, D]
-        T, L = x.shape[1:3]
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.img_mod(c).chunk(6, -1)         # each [B, T, 1, D]
-        tshift1, tscale1, tgate1, tshift2, tscale2, tgate2 = self.txt_mod(c_txt).chunk(6, -1)  # text is one more frame
+    def stream(self, g, part):
+        """The weights `part` of the stream that the group belongs to: text has no positions."""
+        return getattr(self, f"{'txt' if g.rope is None else 'img'}_{part}")
 
-        h = modulate(layer_norm(x, self.eps), shift1, scale1).flatten(1, 2)             # [B, T*L, D]
-        t = modulate(layer_norm(txt, self.eps), tshift1, tscale1).flatten(1, 2)         # [B, S, D]
-        q, k, v, tq, tk, tv = (split(y, self.heads) for y in (
-            self.img_attn_q(h), self.img_attn_k(h), self.img_attn_v(h),
-            self.txt_attn_q(t), self.txt_attn_k(t), self.txt_attn_v(t)))
-        q, k = self.img_attn_q_norm(q), self.img_attn_k_norm(k)                         # [B, heads, T*L, d]
-        added = 0.0 if branch is None else inject.prope(q, k, v, branch, attention)     # [B, T*L, D]
-        q = torch.cat([rotate(q, rope).to(v.dtype), self.txt_attn_q_norm(tq).to(v.dtype)], 2)
-        k = torch.cat([rotate(k, rope).to(v.dtype), self.txt_attn_k_norm(tk).to(v.dtype)], 2)
-        v = torch.cat([v, tv], 2)                                                       # [B, heads, T*L + S, d]
-        y = rearrange(attention(q, k, v, mask), "b h n d -> b n (h d)")
+    def before(self, g):                                # x [B, T, L, D]; told: c [B, T, 1, D]; text is one more frame
+        shift, scale, *rest = self.stream(g, "mod")(*g.told).chunk(6, -1)               # each [B, T, 1, D]
+        h = modulate(layer_norm(g.x, self.eps), shift, scale).flatten(1, 2)             # [B, T*L, D]
+        q, k, v = (split(self.stream(g, f"attn_{n}")(h), self.heads) for n in "qkv")
+        return self.stream(g, "attn_q_norm")(q), self.stream(g, "attn_k_norm")(k), v, rest
 
-        x = x + gate1 * (self.img_attn_proj(y[:, :T * L]) + added).unflatten(1, (T, L))     # [B, T, L, D]
-        txt = txt + tgate1 * self.txt_attn_proj(y[:, T * L:])[:, None]                  # [B, 1, S, D]
-        x = x + gate2 * self.img_mlp(modulate(layer_norm(x, self.eps), shift2, scale2))
-        return x, txt + tgate2 * self.txt_mlp(modulate(layer_norm(txt, self.eps), tshift2, tscale2))
+    def after(self, g, y, added, modulation):
+        gate1, shift2, scale2, gate2 = modulation
+        x = g.x + gate1 * (self.stream(g, "attn_proj")(y) + added).unflatten(1, g.x.shape[1:3])     # [B, T, L, D]
+        return x + gate2 * self.stream(g, "mlp")(modulate(layer_norm(x, self.eps), shift2, scale2))
 
 
 class HunyuanVideo(Backbone):
-    """HunyuanVideo-1.5-8B (arXiv:2511.18870)."""
+    """HunyuanVideo-1.5-8B (arXiv:2511.18870). text: states of encoders, each with a mask, true at tokens, if padded.
+
+    text [B, S, text_dim], text_mask [B, S]     language model
+    glyph [B, S, glyph_dim], glyph_mask         words to be drawn; optional
+    vision [B, S, vision_dim], vision_mask      image encoder; optional
+    image [B, C, 1, H, W]                       clean frame 0 for the condition channels, where `x` has it noisy, as in
+                                                native image-to-video; else they get x's own where it is clean
+    """
 
     block_list = "double_blocks"
     # In bf16: linear layers and the image stream; in fp32: norms, the text stream, as in the official run; time, head.
@@ -464,45 +492,45 @@ class HunyuanVideo(Backbone):
                 nn.init.normal_(p, std=0.02)
         return self
 
-    def forward(self, x, sigma, text, control=None, frames=None):
-        """See `Backbone.forward`. text: states of encoders, each with a mask, true at tokens, if it has padding.
-
-        text [B, S, text_dim], text_mask [B, S]     language model
-        glyph [B, S, glyph_dim], glyph_mask         words to be drawn; optional
-        vision [B, S, vision_dim], vision_mask      image encoder; optional
-        image [B, C, 1, H, W]                       clean frame 0 for the condition channels, where `x` has it noisy, as
-                                                    in native image-to-video; else they get x's own where it is clean
-        """
-        B, C, T, H, W = self.check(x, sigma)
-        p, (_, q, r) = self.spec, self.spec.patch
-        frames = torch.arange(T, device=x.device) if frames is None else frames
-        rope, signal = rotary(frames, H // q, W // r, p.rope_dims, 256, torch.float32), self.inject(control, x)
-
-        # The text's noise level is that of the noisiest frames, those being made; sigma uniform: the official timestep
-        e, e_txt = (sinusoid(1000 * s, p.freq_dim) for s in (sigma, sigma.amax(1)[:, None, None]))
-        with torch.autocast(x.device.type, enabled=False):                           # the time path is never below fp32
-            c, c_txt = (self.time_in(e) + signal.time)[:, :, None], self.time_in(e_txt)  # [B, T, 1, D], [B, 1, 1, D]
-
-        txt, mask = self.embed_text(text, e_txt[:, 0], len(rope[0]))            # [B, 1, S, D] fp32, [B, 1, 1, T*L + S]
-        x = rearrange(self.condition(x, sigma, text), "b c t (h q) (w r) -> b t (h w) (c q r)", q=q, r=r)
-        x = F.linear(x, self.img_in.proj.weight.flatten(1), self.img_in.proj.bias) + signal.tokens      # [B, T, L, D]
-        for i, block in enumerate(self.double_blocks):
-            x, txt = block(x, txt, c, c_txt, rope, mask, signal.branches.get(i))
-        with torch.autocast(x.device.type, enabled=False):
-            shift, scale = self.final_layer.adaLN_modulation(c).chunk(2, -1)            # each [B, T, 1, D]
-            x = self.final_layer.linear(modulate(layer_norm(x, p.eps), shift, scale))   # [B, T, L, C * q * r]
-        return rearrange(x, "b t (h w) (c q r) -> b c t (h q) (w r)", h=H // q, q=q, r=r)
-
-    def condition(self, x, sigma, text):
-        """The network's input [B, 2C + 1, T, H, W]: latents, a clean first frame or zeros, a mask of where it is."""
+    def inputs(self, x, sigma, text, begins):
+        """Latents, a clean first frame of the video or zeros, a mask of where it is: [B, 2C + 1, T, H, W]."""
+        if not begins or not x.shape[2]:
+            return F.pad(x, (0, 0, 0, 0, 0, 0, 0, x.shape[1] + 1))
         first = text.get("image", x[:, :, :1])                                          # [B, C, 1, H, W]
         known = ((sigma[:, :1] == 0) | ("image" in text))[:, :, None, None, None].expand_as(first[:, :1])
         first = torch.cat([torch.where(known, first, 0), known], 1).to(x.dtype)         # [B, C + 1, 1, H, W]
         return torch.cat([x, F.pad(first, (0, 0, 0, 0, 0, x.shape[2] - 1))], 1)
 
-    def embed_text(self, text, e, N):
-        """Condition tokens [B, 1, S, D] of any order, and the mask of N + S attention keys, None if all are valid."""
-        p, tokens, masks, ragged = self.spec, [], [e.new_ones(len(e), N, dtype=torch.bool)], False
+    def patchify(self, x):                              # [B, 2C + 1, T, H, W] -> [B, T, L, D]
+        x = rearrange(x, "b c t (h q) (w r) -> b t (h w) (c q r)", q=self.spec.patch[1], r=self.spec.patch[2])
+        return F.linear(x, self.img_in.proj.weight.flatten(1), self.img_in.proj.bias)
+
+    def rope(self, centres, older):
+        return rotary(centres, self.spec.rope_dims, 256, torch.float64 if older else torch.float32)
+
+    def tell(self, x, sigma, text, signal):
+        with torch.autocast(x.device.type, enabled=False):                           # the time path is never below fp32
+            c = (self.time_in(sinusoid(1000 * sigma, self.spec.freq_dim)) + signal.time)[:, :, None]    # [B, T, 1, D]
+        return x + signal.tokens, c, (c,)
+
+    def words(self, role, text, sigma):
+        """Text at the noise level of the noisiest frames, those being made; sigma uniform: the official timestep."""
+        e = sinusoid(1000 * sigma.amax(1)[:, None], self.spec.freq_dim)                 # [B, 1, freq_dim]
+        with torch.autocast(e.device.type, enabled=False):
+            c = self.time_in(e)[:, :, None]                                             # [B, 1, 1, D]
+        tokens, mask = self.embed_text(text, e)
+        return [Group(role, tokens, None, told=(c,), words=mask)]
+
+    def leave(self, x, c, H):
+        (_, q, r), eps = self.spec.patch, self.spec.eps
+        with torch.autocast(x.device.type, enabled=False):
+            shift, scale = self.final_layer.adaLN_modulation(c).chunk(2, -1)            # each [B, T, 1, D]
+            x = self.final_layer.linear(modulate(layer_norm(x, eps), shift, scale))     # [B, T, L, C * q * r]
+        return rearrange(x, "b t (h w) (c q r) -> b c t (h q) (w r)", h=H // q, q=q, r=r)
+
+    def embed_text(self, text, e):
+        """Condition tokens [B, 1, S, D] of any order, and which of them are valid [B, S], None if all are."""
+        p, tokens, masks, ragged = self.spec, [], [], False
         kinds = (("text", p.text_dim, self.txt_in), ("glyph", p.glyph_dim, self.byt5_in),
                  ("vision", p.vision_dim, self.vision_in))                              # rows of cond_type_embedding
         if unknown := set(text) - {"image", *(name + end for name, *_ in kinds for end in ("", "_mask"))}:
@@ -515,47 +543,18 @@ class HunyuanVideo(Backbone):
             states = embed(states, mask, e) if row == 0 else embed(states)
             tokens.append(states.float() + self.cond_type_embedding.weight[row])        # [B, S, D]
             ragged = ragged or mask is not None
-        return torch.cat(tokens, 1)[:, None], torch.cat(masks, 1)[:, None, None] if ragged else None
+        return torch.cat(tokens, 1)[:, None], torch.cat(masks, 1) if ragged else None
 
 
 # ---- LTX-2.3 ---------------------------------------------------------------------------------------------------------
 
-LTX_SPAN = (20, 2048, 2048)             # seconds, pixels down, pixels across: positions run from -1 to 1 over these
 LTX_UNUSED = re.compile(                # the rest of the official file: codecs, vocoder, text side, everything of audio
     r"(vae|audio_vae|vocoder|text_embedding_projection)\.|model\.diffusion_model\.(audio_|video_embeddings_connector\.|"
     r"av_ca_|transformer_blocks\.\d+\.(audio_|video_to_audio_|scale_shift_table_a2v_ca_))")
 
 
-def ltx_rope(frames, rows, columns, fps, spec):
-    """cos and sin [heads, T * rows * columns, head_dim / 2] of LTX's rotary embedding (RoFormer, arXiv:2104.09864).
-
-    A token stands at the middle of what it covers. Latent frame f covers the pixel frames 8f - 7 to 8f + 1; the VAE is
-    causal and nothing comes before frame 0, hence the clamp. A fractional f is placed by the same formula.
-    One ladder of frequencies runs through all heads, slow to fast, with a slot for t, y and x at each step; the slots
-    left over come first and do not turn. Angles reach 15,708, where fp32 rounds visibly: this is the official order.
-    """
-    s, J, device = spec.stride[0], spec.dim // 6, frames.device
-    end = s * frames.float() + 1
-    start, end = (end - s).clamp(min=0) / fps, end / fps
-    middles = [(start + end) / 2] + [stride * (torch.arange(n, device=device) + 0.5)
-                                     for n, stride in zip((rows, columns), spec.stride[1:])]
-    axes = [2 * (middle / span) - 1 for middle, span in zip(middles, LTX_SPAN)]
-    grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 1, 3)      # [N, 1, 3]
-    omega = 10000 ** torch.linspace(0, 1, J, dtype=torch.float64, device=device) * (math.pi / 2)
-    angle = (grid * omega.float()[:, None]).flatten(1)                                  # [N, 3 * J]: t y x t y x ...
-    angle = rearrange(F.pad(angle, (spec.dim // 2 - 3 * J, 0)), "n (h d) -> h n d", h=spec.heads)
-    return angle.cos(), angle.sin()
-
-
-def rotate_halves(x, rope):
-    """Turn channels i and i + d/2 of x [B, heads, N, d] by `rope` (cos, sin [heads, N, d/2]); always in fp32."""
-    cos, sin = rope                                                                     # the official rotates in bf16
-    a, b = x.float().chunk(2, -1)                                                       # each [B, heads, N, d / 2]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-
-
 class LTXAttention(nn.Module):
-    """Attention to `context` or to `x` itself, without masks; a gate on each head's output, 1 at a logit of 0."""
+    """Attention of `x` to `context`, or its parts for attention among tokens; each head has a gate, 1 at a logit of 0."""
 
     def __init__(self, dim, heads, eps):
         super().__init__()
@@ -564,23 +563,32 @@ class LTXAttention(nn.Module):
         self.q_norm, self.k_norm = RMSNorm(dim, eps), RMSNorm(dim, eps)
         self.to_gate_logits, self.to_out = nn.Linear(dim, heads), nn.Sequential(nn.Linear(dim, dim))
 
-    def forward(self, x, context=None, rope=None, sentences=None, branch=None):         # [B, N, D], [B, S, D]
-        keys = lambda kv: (split(self.k_norm(self.to_k(kv)), self.heads), split(self.to_v(kv), self.heads))
-        q, (k, v) = split(self.q_norm(self.to_q(x)), self.heads), keys(x if context is None else context)
-        added = 0.0 if branch is None else inject.prope(q, k, v, branch, attention)     # [B, N, D]
-        if rope is not None:
-            q, k = rotate_halves(q, rope), rotate_halves(k, rope)
-        y = inject.hear(q.to(v.dtype), k.to(v.dtype), v, sentences, keys, attention)    # [B, heads, N, d]
-        gate = 2 * self.to_gate_logits(x).sigmoid()                                     # [B, N, heads]
-        return self.to_out((rearrange(y, "b h n d -> b n h d") * gate[..., None]).flatten(2)) + added
+    def asks(self, x):                                  # [B, N, D] -> queries, keys, values [B, heads, N, d]
+        return split(self.q_norm(self.to_q(x)), self.heads), *self.keys(x)
+
+    def keys(self, x):
+        return split(self.k_norm(self.to_k(x)), self.heads), split(self.to_v(x), self.heads)
+
+    def gate(self, x):                                                                  # [B, N, heads, 1]
+        return (2 * self.to_gate_logits(x).sigmoid())[..., None]
+
+    def out(self, y, gate):                             # y [B, N, D] of all heads
+        return self.to_out((y.unflatten(-1, (self.heads, -1)) * gate).flatten(2))
+
+    def forward(self, x, context, sentences=None):                                      # [B, N, D], [B, S, D]
+        q, (k, v) = split(self.q_norm(self.to_q(x)), self.heads), self.keys(context)
+        y = inject.hear(q.to(v.dtype), k.to(v.dtype), v, sentences, self.keys, attention)   # [B, heads, N, d]
+        return self.out(rearrange(y, "b h n d -> b n (h d)"), self.gate(x))
 
 
-class LTXBlock(nn.Module):
+class LTXBlock(Block):
     """Transformer block of LTX-2's video stream (arXiv:2601.03233), without its exchange with audio.
 
     One modulation vector per latent frame, as in Wan: a table of the block plus a vector that all blocks share
     (adaLN-single of PixArt, arXiv:2310.00426). The text is modulated too, so its keys and values depend on sigma.
     """
+
+    turn = staticmethod(rotate_halves)
 
     def __init__(self, spec):
         super().__init__()
@@ -590,24 +598,32 @@ class LTXBlock(nn.Module):
         self.attn1, self.attn2 = (LTXAttention(D, spec.heads, spec.eps) for _ in range(2))
         self.ff = named(net=nn.Sequential(named(proj=nn.Linear(D, spec.ffn)), nn.GELU("tanh"), nn.Linear(spec.ffn, D)))
 
-    def forward(self, x, m, m_text, text, rope, sentences=None, branch=None):   # x [B, T, L, D], text [B, S, D]
-        T, L = x.shape[1:3]
-        m = (m + self.scale_shift_table).to(x.dtype)                # summed in fp32, applied in the run's dtype
-        shift1, scale1, gate1, shift3, scale3, gate3, shift2, scale2, gate2 = m.split(1, 2)         # each [B, T, 1, D]
+    def before(self, g):                                # x [B, T, L, D]; told: m [B, T, 9, D] fp32, ...
+        m = (g.told[0] + self.scale_shift_table).to(g.x.dtype)      # summed in fp32, applied in the run's dtype
+        shift, scale, *rest = m.split(1, 2)                                             # each [B, T, 1, D]
+        h = modulate(rms_norm(g.x, self.eps), shift, scale).flatten(1, 2)               # [B, T*L, D]
+        return *self.attn1.asks(h), (self.attn1.gate(h), *rest)
 
-        h = modulate(rms_norm(x, self.eps), shift1, scale1).flatten(1, 2)               # [B, T*L, D]
-        x = x + gate1 * self.attn1(h, rope=rope, branch=branch).unflatten(1, (T, L))    # [B, T, L, D]
+    def after(self, g, y, added, modulation):           # told: ..., m_text [B, 2, D], text [B, S, D], sentences
+        (T, L), (_, m_text, text, sentences) = g.x.shape[1:3], g.told
+        gate, gate1, shift3, scale3, gate3, shift2, scale2, gate2 = modulation
+        x = g.x + gate1 * (self.attn1.out(y, gate) + added).unflatten(1, (T, L))        # [B, T, L, D]
 
         h = modulate(rms_norm(x, self.eps), shift2, scale2).flatten(1, 2)
         m_text = (m_text + self.prompt_scale_shift_table).to(x.dtype).split(1, 1)       # each [B, 1, D]
         said = sentences and sentences.per_frame(lambda states: modulate(states, *m_text))
-        x = x + gate2 * self.attn2(h, modulate(text, *m_text), sentences=said).unflatten(1, (T, L))
+        x = x + gate2 * self.attn2(h, modulate(text, *m_text), said).unflatten(1, (T, L))
 
         return x + gate3 * self.ff(modulate(rms_norm(x, self.eps), shift3, scale3))
 
 
 class LTX(Backbone):
-    """LTX-2.3-22B's video tower, 13.1 B parameters; its attribute `fps` is the frame rate: time is in seconds."""
+    """LTX-2.3-22B's video tower, 13.1 B parameters; its attribute `fps` is the frame rate: time is in seconds.
+
+    text: {"text": [B, S, dim]} of the text connector: S = 1024, every row valid. It is read at the noise level of the
+    noisiest frame, the one being made, whatever the history; by memory at 0. Give `frames` when `x` is not a video's
+    beginning: frame 0 is a single pixel frame, every other is eight.
+    """
 
     block_list = "transformer_blocks"
     fp32 = re.compile(r"^(adaln|prompt_adaln|proj_out|control\.(translation|rotation))|_norm|scale_shift_table")
@@ -641,32 +657,36 @@ class LTX(Backbone):
                 nn.init.xavier_uniform_(p)
         return self
 
-    def forward(self, x, sigma, text, control=None, frames=None):
-        """See `Backbone.forward`. text: {"text": [B, S, dim]} of the text connector: S = 1024, every row valid.
+    def patchify(self, x):                                                              # -> [B, T, L, D]
+        return self.patchify_proj(rearrange(x, "b c t h w -> b t (h w) c"))
 
-        The text is read at the noise level of the noisiest frame, the one being made, whatever the history. Give
-        `frames` when `x` is not a video's beginning: frame 0 is a single pixel frame, every other is eight.
-        """
-        B, C, T, H, W = self.check(x, sigma)
-        p, states = self.spec, text["text"]
-        if states.shape[::2] != (B, p.dim):
-            raise ValueError(f"text states are [{B}, S, {p.dim}], got {list(states.shape)}")
-        rope = ltx_rope(torch.arange(T, device=x.device) if frames is None else frames, H, W, self.fps, p)
-        signal = self.inject(control, x)
+    def rope(self, centres, older):
+        return ltx_rope(centres, self.fps, self.spec, older)
 
+    def places(self, memory):
+        """What contains latent frame 0, of one pixel frame, begins (stride - 1) pixel frames later than others do."""
+        first, s = memory.bounds[:, 0, 0] == 0, self.spec.stride[0]
+        return memory.centres + F.pad(first.double()[:, None] * (s - 1) / (2 * s), (0, 2))
+
+    def prepare(self, text, signal, B):
+        states = text["text"]
+        if states.shape[::2] != (B, self.spec.dim):
+            raise ValueError(f"text states are [{B}, S, {self.spec.dim}], got {list(states.shape)}")
+        return states, signal
+
+    def tell(self, x, sigma, text, signal):
+        p = self.spec
         e, e_text = (sinusoid(1000 * s, p.freq_dim, torch.float32) for s in (sigma, sigma.amax(1)))
         with torch.autocast(x.device.type, enabled=False):                           # the time path is never below fp32
             e = self.adaln_single.emb(e) + signal.time                                  # [B, T, D]
             m = self.adaln_single.linear(F.silu(e)).unflatten(-1, (9, p.dim))           # [B, T, 9, D]
             m_text = self.prompt_adaln_single(e_text).unflatten(-1, (2, p.dim))         # [B, 2, D]
+        return x + signal.tokens, e, (m, m_text, text.to(x.dtype), signal.sentences)
 
-        x = self.patchify_proj(rearrange(x, "b c t h w -> b t (h w) c"))                # [B, T, L, D], the run's dtype
-        x, states = x + signal.tokens, states.to(x.dtype)
-        for i, block in enumerate(self.transformer_blocks):
-            x = block(x, m, m_text, states, rope, signal.sentences, signal.branches.get(i))
+    def leave(self, x, e, H):
         with torch.autocast(x.device.type, enabled=False):
             shift, scale = (e[:, :, None] + self.scale_shift_table).split(1, 2)         # each [B, T, 1, D]
-            x = self.proj_out(modulate(layer_norm(x, p.eps), shift, scale))             # [B, T, L, C]
+            x = self.proj_out(modulate(layer_norm(x, self.spec.eps), shift, scale))     # [B, T, L, C]
         return rearrange(x, "b t (h w) c -> b c t h w", h=H)
 
 
@@ -721,7 +741,8 @@ def load(name, source=None, device="cpu", dtype=torch.float32, control=None, par
     stored = weights.headers(files, spec, ARCHITECTURES[spec.arch].official)
     kinds = "+".join(kind for kind in inject.kinds_in(stored) if control is None or kind in control.split("+"))
     sentences = torch.zeros(stored["control.sentences"][2]) if "text" in kinds else None
-    make = lambda: build(name, kinds, sentences, **fields)
+    history = weights.note(files, "history")
+    make = lambda: compress.attach(build(name, kinds, sentences, **fields), history and compress.Settings.read(history))
     with torch.device("meta"):
         model = make()
     if any(key.endswith(".weight_scale") for key in stored):
@@ -748,32 +769,56 @@ def load(name, source=None, device="cpu", dtype=torch.float32, control=None, par
 
 # ---- Counting --------------------------------------------------------------------------------------------------------
 
-def wan_macs(p, D, T, N, S):
-    """Multiply-adds of linear layers; query-key pairs of self-attention, and of attention to or among S text tokens."""
-    block = N * (6 * D ** 2 + 2 * D * p.ffn) + S * 2 * D ** 2
-    ends = N * 2 * p.channels * math.prod(p.patch) * D
+def wan_macs(p, D, T, F, N, S, G):
+    """Multiply-adds of linear layers and query-key pairs of attention to S words: F tokens of frames among N, with T
+    modulations, in G groups."""
+    block = N * (6 * D ** 2 + 2 * D * p.ffn) + G * S * 2 * D ** 2
+    ends = F * 2 * p.channels * math.prod(p.patch) * D
     ends += S * (p.text_dim * D + D ** 2) + T * (p.freq_dim * D + 7 * D ** 2)
-    return p.layers * block + ends, p.layers * N ** 2, p.layers * N * S
+    return p.layers * block + ends, p.layers * N * S
 
 
-def hunyuan_macs(p, D, T, N, S):
+def hunyuan_macs(p, D, T, F, N, S, G):
     block = (N + S) * (4 * D ** 2 + 2 * D * p.ffn) + (T + 1) * 6 * D ** 2
-    ends = N * (3 * p.channels + 1) * math.prod(p.patch) * D + T * 2 * D ** 2 + (T + 2) * (p.freq_dim * D + D ** 2)
+    ends = F * (3 * p.channels + 1) * math.prod(p.patch) * D + T * 2 * D ** 2 + (T + 2) * (p.freq_dim * D + D ** 2)
     refiner = 2 * (S * 12 * D ** 2 + 2 * D ** 2) + (S + 1) * p.text_dim * D + D ** 2    # two blocks
-    return p.layers * block + ends + refiner, p.layers * (N + S) ** 2, 2 * S ** 2
+    return p.layers * block + ends + refiner, 2 * S ** 2
 
 
-def ltx_macs(p, D, T, N, S):
-    block = N * (6 * D ** 2 + 2 * D * p.ffn + 2 * D * p.heads) + S * 2 * D ** 2
-    ends = N * 2 * p.channels * D + (T + 1) * (p.freq_dim * D + D ** 2) + (9 * T + 2) * D ** 2
-    return p.layers * block + ends, p.layers * N ** 2, p.layers * N * S
+def ltx_macs(p, D, T, F, N, S, G):
+    block = N * (6 * D ** 2 + 2 * D * p.ffn + 2 * D * p.heads) + G * S * 2 * D ** 2
+    ends = F * 2 * p.channels * D + (T + G) * (p.freq_dim * D + D ** 2) + (9 * T + 2 * G) * D ** 2
+    return p.layers * block + ends, p.layers * N * S
 
 
-def flops(spec, frames, rows, columns, text=None):
-    """Operations of one forward on a token grid, by kind; a multiply-add is two. `text`: tokens, default text_len."""
+def flops(spec, frames, rows, columns, text=None, memory=0, cached=0, segments=()):
+    """Operations of one forward on a token grid, by kind; a multiply-add is two. `text`: tokens, default text_len.
+
+    `memory` tokens go through the blocks too; `cached` ones are attended to alone. With `segments`, the lengths of
+    memory's, it is a prefill in which each of them sees itself.
+    """
     macs = {"wan": wan_macs, "hunyuan": hunyuan_macs, "ltx": ltx_macs}[spec.arch]
-    linear, own, words = macs(spec, spec.dim, frames, frames * rows * columns, text or spec.text_len)
-    return {"linear": 2 * linear, "self_attention": 4 * spec.dim * own, "text_attention": 4 * spec.dim * words}
+    F, S = frames * rows * columns, text or spec.text_len
+    T, N, own = frames + (memory > 0), F + memory, S if spec.arch == "hunyuan" else 0   # own: words in self-attention
+    linear, words = macs(spec, spec.dim, T, F, N, S, (F > 0) + (memory > 0))
+    pairs = sum(n * (n + own) for n in (*segments, F)) + own ** 2 if segments else (N + own) * (N + own + cached)
+    return {"linear": 2 * linear, "self_attention": 4 * spec.dim * spec.layers * pairs,
+            "text_attention": 4 * spec.dim * words}
+
+
+def chunk_flops(spec, mode, steps, chunk, clean, rows, columns, memory=0, new=None, text=None):
+    """Operations of a chunk of `chunk` frames in `steps` steps behind `clean` frames and `memory` tokens, by kind.
+
+    Under attention `segment`, `new` has the lengths of those segments that are not cached yet.
+    """
+    each = lambda frames, **more: flops(spec, frames, rows, columns, text, **more)
+    if mode == "joint":
+        parts = steps * [each(clean + chunk, memory=memory)]
+    else:
+        new = tuple(new or ()) if mode == "segment" else (memory,) if memory else ()
+        first = each(clean, memory=sum(new), segments=new if mode == "segment" else ()) if clean or new else {}
+        parts = [first] * bool(first) + steps * [each(chunk, cached=memory + clean * rows * columns)]
+    return {kind: sum(part[kind] for part in parts) for kind in parts[-1]}
 
 
 def describe(name):

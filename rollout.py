@@ -7,7 +7,7 @@ features depend on the noisy chunk.
     python rollout.py --actions "w-8, right-12, w+left-8" --out walk.mp4
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from common import autocast, generator, one_line_errors, parse, setup
 from control import Condition, Control, check_actions, parse_actions
 from encode import codec
 from flow import add_noise, euler, guide, schedule, velocity_to_x0
+from history import History, budget, configure
 from model import load
 from parallel import replayed
 from weights import ASSETS
@@ -28,8 +29,18 @@ def velocity_of(model):
     device = next(model.parameters()).device
 
     def velocity(x, sigma, condition):
+        text, control, past = condition.text, condition.control, condition.past
         with autocast(device):
-            return model(x, sigma, condition.text, condition.control)
+            if past is None or not past.reusable(model.compress.settings):
+                return model(x, sigma, text, control, past)
+            # History does not see the chunk: its keys and values are made once, for each branch of guidance
+            memory, frames = model.compress(model, past, x.shape[2])
+            n, branch = memory.clean, (velocity, id(text))
+            if branch not in past.kept:
+                own = control.frames(0, n) if control and n else None
+                past.kept[branch] = model.prefill(x[:, :, :n], text, own, memory, frames[:n], past.before.get(branch))
+            v = model(x[:, :, n:], sigma[:, n:], text, control, past.kept[branch], frames)
+            return torch.cat([torch.zeros_like(x[:, :, :n]), v.to(x.dtype)], 2)
     return velocity
 
 
@@ -83,29 +94,30 @@ def ode(velocity, history, shape, sigmas, condition, noise):
 
 # ---- Many chunks -----------------------------------------------------------------------------------------------------
 
-def chunks(velocity, condition, prefix, frames, sigmas, chunk, window, noise, sampler, options_at):
-    """The loop: (samples, finished), both [B, C, frames, H, W]; `options_at(n)` go to the sampler of the chunk that
-    ends at frame n."""
-    B, C, n, H, W = prefix.shape
-    clean, samples = prefix, [prefix]
-    while n < frames:
+def chunks(velocity, condition, history, frames, sigmas, chunk, noise, sampler, options_at, offset=0):
+    """The loop: extends `history` to `frames`. Returns (samples, finished) of what was made, both [B, C, T, H, W];
+    `options_at(n)` go to the sampler of the chunk that ends at frame n. The condition begins with frame `offset`."""
+    made = [[history.latents[:, :, :0]] * 2]
+    while (n := history.n) < frames:
         K = min(chunk, frames - n)
-        start = max(0, n - (window - chunk))
-        sample, finished = sampler(velocity, clean[:, :, start:], (B, C, K, H, W), sigmas,
-                                   condition.frames(start, n + K), noise, **options_at(n + K))
-        clean, n = torch.cat([clean, finished], 2), n + K                               # [B, C, n, H, W]
-        samples.append(sample)
-    return torch.cat(samples, 2), clean
+        clean, start, past = history.view(K, condition.control, offset)
+        told = replace(condition.frames(start - offset, n + K - offset), past=past)
+        shape = *clean.shape[:2], K, *clean.shape[3:]
+        made.append(sampler(velocity, clean, shape, sigmas, told, noise, **options_at(n + K)))
+        history.append(made[-1][1])
+    return tuple(torch.cat(each, 2) for each in zip(*made))
 
 
-def rollout(velocity, condition, prefix, frames, sigmas, chunk, window, noise, sampler=few_step, **options):
+def rollout(velocity, condition, prefix, frames, sigmas, chunk, window, noise, sampler=few_step, model=None, **options):
     """Extend the clean `prefix` [B, C, n, H, W] (n may be 0) to `frames` latent frames, `chunk` at a time.
 
-    Each chunk sees the latest `window - chunk` clean frames. The condition covers all `frames`; a chunk is told only
-    the labels of its own window, so later actions cannot change earlier chunks. Gradient never flows through history.
-    Returns [B, C, frames, H, W]; `options` go to the sampler.
+    Each chunk sees the latest `window - chunk` clean frames or, if `model` has a compressor, what that shows of all.
+    The condition covers all `frames`; a chunk is told only the labels of its own window, so later actions cannot change
+    earlier chunks. Gradient never flows through history. Returns [B, C, frames, H, W]; `options` go to the sampler.
     """
-    return chunks(velocity, condition, prefix, frames, sigmas, chunk, window, noise, sampler, lambda n: options)[0]
+    history = History(prefix, window - chunk, model)
+    made, _ = chunks(velocity, condition, history, frames, sigmas, chunk, noise, sampler, lambda n: options)
+    return torch.cat([prefix, made], 2)
 
 
 # ---- Training --------------------------------------------------------------------------------------------------------
@@ -122,9 +134,10 @@ class Plan:
         """Generated frames in the loss window."""
         return self.frames - max(self.start, self.first)
 
-    def mask(self, B, device):
-        """[B, T] of the loss window: which of its frames are generated."""
-        return (torch.arange(self.first, self.frames, device=device) >= self.start).expand(B, -1)
+    def mask(self, B, device, begin=None):
+        """[B, T] of frames `begin` (default: `first`) on: which of them are generated and in the loss window."""
+        frames = torch.arange(self.first if begin is None else begin, self.frames, device=device)
+        return (frames >= max(self.start, self.first)).expand(B, -1)
 
 
 def draw_plan(shared, spec, frames, t2v, i2v, past=0, most=None, short=0.0):
@@ -147,15 +160,17 @@ def draw_plan(shared, spec, frames, t2v, i2v, past=0, most=None, short=0.0):
     return Plan(start, end, max(0, end - spec.window))
 
 
-def self_rollout(velocity, condition, prefix, plan, spec, sigmas, noise, grad_step, complete=True):
+def self_rollout(velocity, condition, prefix, plan, spec, sigmas, noise, grad_step, complete=True, model=None):
     """The rollout that stage 2 trains on (Self Forcing): (samples, finished), both [B, C, plan.frames, H, W].
 
     Within the loss window `samples` holds the x0 of step `grad_step` with its graph; before it, as in all of
     `finished`, what inference would make.
     """
     in_window = {"grad_step": grad_step, "complete": complete}
-    return chunks(velocity, condition, prefix, plan.frames, sigmas, spec.chunk, spec.window, noise, few_step,
+    history = History(prefix, spec.window - spec.chunk, model)
+    made = chunks(velocity, condition, history, plan.frames, sigmas, spec.chunk, noise, few_step,
                   lambda n: in_window if n > plan.first else {})
+    return tuple(torch.cat([prefix, each], 2) for each in made)
 
 
 # ---- A world to play in ----------------------------------------------------------------------------------------------
@@ -168,7 +183,7 @@ class WorldModel:
     """
 
     def __init__(self, model, steps=4, guidance=1.0, use_ode=False):
-        self.spec, self.device = model.spec, next(model.parameters()).device
+        self.spec, self.device, self.model = model.spec, next(model.parameters()).device, model
         self.codec = codec(model.spec.name, self.device)
         self.sees = model.control is not None and "c2w" in model.control.reads
         velocity = replayed(velocity_of(model), self.device)
@@ -191,7 +206,8 @@ class WorldModel:
         labels = torch.zeros(count, dtype=torch.long) if actions is None else check_actions(actions)
         if len(labels) != count:
             raise ValueError(f"{count} start frames need {count} labels, got {len(labels)}")
-        self.random, self.text, self.latents, self.actions = generator(seed, "play"), text, latents, labels[None]
+        self.random, self.text, self.actions = generator(seed, "play"), text, labels[None]
+        self.history = History(latents, self.spec.window - self.spec.chunk, self.model, store="cpu")
         return self.step([0] * self.spec.chunk) if first is None else self.codec.decode(latents)[0]
 
     @torch.no_grad()
@@ -201,23 +217,23 @@ class WorldModel:
         if not actions.shape[1]:
             raise ValueError("step needs at least one action")
         self.actions = torch.cat([self.actions, actions], 1)
-        past, frames = self.latents.shape[2], self.latents.shape[2] + actions.shape[1]
-        cameras = self.codec.cameras(self.actions) if self.sees else ()                 # of one whom no wall stops
+        frames = self.history.n + actions.shape[1]
+        cameras = self.codec.cameras(self.actions) if self.sees or self.history.by_view else ()     # past all walls
         condition = Condition(self.text, Control(self.actions.to(self.device), *cameras))
-        self.latents = rollout(self.velocity, condition, self.latents, frames, self.sigmas, self.spec.chunk,
-                               self.spec.window, self.noise, self.sampler)
-        fresh = self.codec.decode(self.latents[:, :, past:])[0]
-        keep = self.spec.window                                 # nothing older is ever looked at again
-        self.latents, self.actions = self.latents[:, :, -keep:], self.actions[:, -keep:]
-        return fresh
+        _, made = chunks(self.velocity, condition, self.history, frames, self.sigmas, self.spec.chunk, self.noise,
+                         self.sampler, lambda n: {}, frames - self.actions.shape[1])
+        if not self.history.by_view:                            # nothing older is ever looked at again
+            self.actions = self.actions[:, self.actions.shape[1] - (frames - self.history.begin()):]
+        return self.codec.decode(made)[0]
 
     def state(self):
         """All that the future depends on. Steps replace these tensors and never write into them: no copy is needed."""
-        return {"latents": self.latents, "actions": self.actions, "text": self.text, "random": self.random.get_state()}
+        return {"history": self.history.copy(), "actions": self.actions, "text": self.text,
+                "random": self.random.get_state()}
 
     def restore(self, state):
         """Go on from a `state()` of this world model, or of another of the same backbone: its teacher, more steps."""
-        self.latents, self.actions, self.text = state["latents"], state["actions"], state["text"]
+        self.history, self.actions, self.text = state["history"].copy(self.model), state["actions"], state["text"]
         self.random = torch.Generator()
         self.random.set_state(state["random"])
 
@@ -243,6 +259,11 @@ class Config:
     guidance: float = 1.0                       # of the teacher; a student needs none
     ode: bool = False                           # the teacher's Euler sampler instead of the student's
     seed: int = 0                               # start place and noise
+    history: str = ""                           # none, window, framepack or packforcing; empty: that of the weights
+    attention: str = ""                         # of history: joint, or self or segment, whose keys and values are kept
+    recent: int = 0                             # latent frames that history leaves as they are; 0: the kind's own
+    choose: str = ""                            # packforcing's blocks: affinity, recency or fov
+    horizon: float = 0.0                        # go on for so many seconds, the actions repeated; 0: once
 
     def __post_init__(self):
         if self.start not in ("frame", "clip", "dream"):
@@ -251,8 +272,8 @@ class Config:
             raise ValueError("--truth needs a start in the exact world: --start frame or clip, and no --image")
         if Path(self.out).suffix not in (".mp4", ".gif"):
             raise ValueError(f"--out ends in .mp4 or .gif, got '{self.out}'")
-        if self.steps < 1:
-            raise ValueError(f"--steps must be above 0, got {self.steps}")
+        if self.steps < 1 or self.horizon < 0:
+            raise ValueError(f"--steps must be above 0 and --horizon not below, got {self.steps}, {self.horizon}")
         if self.map not in range(len(world.MAPS)):
             raise ValueError(f"--map is 0..{len(world.MAPS) - 1}, got {self.map}")
 
@@ -279,13 +300,18 @@ def main(cfg):
     with one_line_errors():
         labels = parse_actions(cfg.actions)
         shipped = ASSETS / f"{cfg.backbone}-student.safetensors"
-        model = WorldModel(load(cfg.backbone, cfg.weights or shipped, device), cfg.steps, cfg.guidance, cfg.ode)
+        network = configure(load(cfg.backbone, cfg.weights or shipped, device), cfg)
+        if T := round(cfg.horizon * network.spec.fps / network.spec.stride[0]):
+            labels = torch.cat([labels[:1], labels[1:].repeat(T)[:T]])
+        model = WorldModel(network, cfg.steps, cfg.guidance, cfg.ode)
         place, first = begin(cfg, model.spec)
+        if T or network.compress is not None:
+            print(budget(network, model.spec.chunk if first is None else len(first), len(labels)), flush=True)
         frames = [model.reset(cfg.prompt or world.CAPTIONS[cfg.map], first, cfg.seed)]
         Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
         open(cfg.out, "ab").close()                     # fails now rather than after the work
     happened, exact = walk(place, labels[1:]) if cfg.truth else (labels[1:], None)
-    frames = torch.cat([*frames, model.step(happened)])                                 # [T, H, W, 3]
+    frames = torch.cat(frames + [model.step(asked) for asked in happened.split(model.spec.chunk)])      # [T, H, W, 3]
     exact = torch.cat([first, exact]) if cfg.truth else None
     keys = [0] * (len(frames) - len(happened)) + happened.tolist()
     write_video(cfg.out, compose(frames, keys, cfg.steps, exact), model.spec.fps)

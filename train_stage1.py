@@ -24,6 +24,7 @@ from control import NO_ACTION, Condition, Control, attach
 from data import WorldStream
 from encode import codec
 from flow import add_noise, draw_sigma, flow_loss
+from history import behind, clean_frames, configure, draw_past
 from model import PRESETS, build, load
 from weights import save
 from rollout import velocity_of
@@ -45,6 +46,11 @@ class Config:
     batch: int = 16                 # clips per step and process
     frames: int = 12                # latent frames of the longest clips: the window
     grown: float = 0.6              # share of steps with those; the others have fewer chunks, as a rollout begins
+    history: str = ""               # compression: none, window, framepack, packforcing; empty: that of --init, if any
+    attention: str = ""             # of history: joint, or self or segment, which do not see the chunk
+    recent: int = 0                 # latent frames that history leaves as they are; 0: the kind's own
+    choose: str = ""                # packforcing's blocks: affinity or recency
+    past: int = 0                   # clips have up to so many frames before them, log-uniform, for --history
     i2v: float = 0.15               # share of steps whose clips begin with one clean frame
     t2v: float = 0.2                # share of clips without a clean chunk (when not i2v: without anything clean)
     drop: float = 0.1               # share of clips with neither caption nor actions: what guidance starts from
@@ -75,16 +81,19 @@ class Config:
                 raise ValueError(f"--{name} is a share, 0..1, got {getattr(self, name)}")
         if self.drop + self.drop_text + self.drop_actions > 1 or self.ema == 1 or self.warmup < 0:
             raise ValueError("the --drop shares are at most 1 together, --ema is below 1, --warmup is not negative")
-        if self.cuda_graphs and not (self.compile and torch.cuda.is_available()):
-            raise ValueError("--cuda_graphs needs --compile and a GPU")
+        if self.cuda_graphs and (self.history or not (self.compile and torch.cuda.is_available())):
+            raise ValueError("--cuda_graphs needs --compile and a GPU, and takes no --history")
+        if self.past < 0 or (self.past and not self.history):
+            raise ValueError(f"--past must not be negative and is for --history, got {self.past}")
         if self.frames < 2 * PRESETS[self.backbone].chunk:
             raise ValueError(f"--frames must hold two chunks of {PRESETS[self.backbone].chunk}, got {self.frames}")
 
 
-def draw_frames(cfg, chunk, shared):
-    """Length of a step's clips: those that rollouts meet, whole chunks behind nothing or (i2v) behind one frame."""
-    first = int(shared.random() < cfg.i2v)
-    most = (cfg.frames - first) // chunk
+def draw_frames(cfg, chunk, shared, clean=0):
+    """Length of a step's clips: those that rollouts meet, whole chunks behind nothing or (i2v) behind one frame; or
+    behind `clean` frames, the latest of a past."""
+    first = int(not clean and shared.random() < cfg.i2v)
+    most = (cfg.frames - clean - first) // chunk
     return first + chunk * (most if shared.random() < cfg.grown else shared.randint(1, most))
 
 
@@ -108,10 +117,11 @@ def drop(condition, empty, cfg):
     return Condition(text, replace(condition.control, actions=actions))
 
 
-def stage1_loss(velocity, x0, condition, cfg, spec):
-    """L = E |v - (noise - x0)|^2 on the frames behind the prefix; one noise level per clip, 0 on the prefix."""
+def stage1_loss(velocity, x0, condition, cfg, spec, clean=0):
+    """L = E |v - (noise - x0)|^2 on the frames behind the prefix; one noise level per clip, 0 on the prefix. The first
+    `clean` frames belong to the past and to all prefixes."""
     B, C, T, H, W = x0.shape
-    n = draw_prefix(cfg, spec.chunk, B, T, x0.device)
+    n = clean + draw_prefix(cfg, spec.chunk, B, T - clean, x0.device)
     mask = torch.arange(T, device=x0.device) >= n[:, None]                              # [B, T]
     sigma = draw_sigma((B, 1), spec.shift, device=x0.device) * mask                     # [B, T]
     noise = torch.randn_like(x0)
@@ -167,8 +177,9 @@ def initial_model(cfg, coder, device):
     else:
         model = build(cfg.backbone, None).to(device)
     attach(model, cfg.control, coder.sentences() if "text" in cfg.control else None)
+    configure(model, cfg)
     for name, p in model.named_parameters():
-        p.requires_grad_(cfg.train == "all" or name.startswith("control."))
+        p.requires_grad_(cfg.train == "all" or name.startswith(("control.", "compress.")))
     return model
 
 
@@ -177,7 +188,7 @@ def save_teacher(model, ema, cfg, step):
     notes = {"stage": 1, "steps": step, "seed": cfg.seed, "control": cfg.control, **provenance()}
     weights = ema.average
     if cfg.save_trained:
-        weights = {key: value for key, value in weights.items() if key.startswith("control.")}
+        weights = {key: value for key, value in weights.items() if key.startswith(("control.", "compress."))}
         notes["base"] = Path(cfg.init).resolve() if Path(cfg.init).exists() else cfg.init
     save(model, Path(cfg.out) / "teacher.safetensors", weights=weights, **notes)
 
@@ -187,7 +198,7 @@ def prepare(cfg):
     device = setup()
     coder = codec(cfg.backbone, device)
     model = initial_model(cfg, coder, device)
-    stream = WorldStream(coder, cfg.seed, cfg.pool, max(48, cfg.frames), cfg.refresh)
+    stream = WorldStream(coder, cfg.seed, cfg.pool, max(48, cfg.frames + cfg.past + 1), cfg.refresh)
     return device, model, coder, stream, Run(cfg.out, cfg)
 
 
@@ -203,9 +214,13 @@ def main(cfg):
     for step in run.progress(start, cfg.steps, "stage 1"):
         reseed(cfg.seed, "stage 1", rank(), step)
         shared = random.Random(derive(cfg.seed, "stage 1, all ranks", step))
-        batch = stream.batch(step, cfg.batch, draw_frames(cfg, spec.chunk, shared))
+        before = draw_past(shared, cfg.past, spec.chunk, cfg.i2v)
+        clean = clean_frames(model, before)
+        batch = stream.batch(step, cfg.batch, before + draw_frames(cfg, spec.chunk, shared, clean))
+        start, past = behind(model, batch.x0, before, batch.condition.control)
+        condition = drop(batch.condition.frames(start, batch.x0.shape[2]), empty, cfg)
 
-        loss = stage1_loss(velocity, batch.x0, drop(batch.condition, empty, cfg), cfg, spec)
+        loss = stage1_loss(velocity, batch.x0[:, :, start:], replace(condition, past=past), cfg, spec, clean)
         loss.backward()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg)

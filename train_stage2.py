@@ -12,7 +12,7 @@ the critic catches up on what the student made (DMD2, arXiv:2405.14867).
 import random
 import shutil
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -25,6 +25,7 @@ from dmd import Clip, Discriminator, Head, Networks, Recipe, critic_gradients, s
 from encode import codec
 from evaluate import load_probe, samplers_of
 from flow import schedule
+from history import behind, configure, room
 from health import Health, averaged, compare, critic_by_sigma, curves, figures, final_table, side_by_side
 from lora import Adapters
 from model import PRESETS, build_on, load
@@ -49,6 +50,10 @@ class Config:
     t2v: float = 0.15               # share of rollouts that start from nothing
     i2v: float = 0.15               # share that start from one real frame; the rest start from a chunk of real frames
     past: int = 0                   # latent frames: a rollout that starts from a chunk may have a past of up to so many
+    history: str = ""               # compression: none, window, framepack, packforcing; empty: that of the teacher
+    attention: str = ""             # of history: joint, or self or segment, which do not see the chunk
+    recent: int = 0                 # latent frames that history leaves as they are; 0: the kind's own
+    choose: str = ""                # packforcing's blocks: affinity, recency or fov
     grow: int = 0                   # curriculum: one chunk, and one more after each so many updates; 0: all at once
     short: float = 0.0              # share of rollouts with fewer chunks than there could be
     denoise: int = 4                # denoising steps of the student
@@ -106,8 +111,8 @@ def networks(cfg, device):
     """
     def network(dtype):
         reseed(cfg.seed, "initialisation")
-        return build_on(device, dtype, cfg.backbone) if cfg.teacher == "random" else \
-            load(cfg.backbone, cfg.teacher, device, dtype)
+        return configure(build_on(device, dtype, cfg.backbone) if cfg.teacher == "random" else
+                         load(cfg.backbone, cfg.teacher, device, dtype), cfg)
 
     teacher = network(torch.bfloat16 if device.type == "cuda" else torch.float32).requires_grad_(False).eval()
     if teacher.control is None:
@@ -172,10 +177,10 @@ def main(cfg):
         shared = random.Random(derive(cfg.seed, "stage 2, all ranks", step))    # what every rank must draw alike
         updates, learns = max(0, step + 1 - cfg.critic_warmup), step >= cfg.critic_warmup
         most = 1 + max(0, updates - 1) // cfg.grow if cfg.grow else None        # curriculum: chunks of a rollout
-        plan = draw_plan(shared, spec, cfg.frames, cfg.t2v, cfg.i2v, cfg.past, most, cfg.short)
+        plan = draw_plan(shared, room(models[1], spec), cfg.frames, cfg.t2v, cfg.i2v, cfg.past, most, cfg.short)
         grad_step = shared.randrange(1 if cfg.teacher_fkl else 0, cfg.denoise)  # step 0 belongs to the forward KL
         still = plan.start <= 1 or shared.random() < 0.5
-        stop = plan.frames - plan.first - spec.chunk * shared.randrange(plan.made // spec.chunk)
+        stop = plan.frames - spec.chunk * shared.randrange(plan.made // spec.chunk)
 
         # One rollout serves both: with gradient for the student, detached for the critic.
         clips, notes, looks, metrics = [], [], [], {}
@@ -185,12 +190,15 @@ def main(cfg):
                 real.condition.control.actions[:, 0] = 0
             with torch.set_grad_enabled(learns):
                 x0, clean = self_rollout(nets.student, real.condition, real.x0[:, :, :plan.start], plan, spec, sigmas,
-                                         lambda shape: torch.randn(shape, device=device), grad_step, cfg.complete)
-            cond = real.condition.frames(plan.first, plan.frames)
-            clips.append(Clip(x0[:, :, plan.first:], real.x0[:, :, plan.first:], cond, cond.null(empty),
-                              plan.mask(cfg.batch, device)))
+                                         lambda shape: torch.randn(shape, device=device), grad_step, cfg.complete,
+                                         models[1])
+            told = real.condition.control
+            (begin, past), (_, happened) = (behind(models[1], x, plan.first, told) for x in (clean, real.x0))
+            cond = replace(real.condition.frames(begin, plan.frames), past=past)
+            clips.append(Clip(x0[:, :, begin:], real.x0[:, :, begin:], cond, cond.null(empty),
+                              plan.mask(cfg.batch, device, begin), happened))
             if learns:
-                notes.append(student_gradients(nets, recipe, clips[-1], stop, spec.chunk, share))
+                notes.append(student_gradients(nets, recipe, clips[-1], stop - begin, spec.chunk, share))
                 looks.append(compare(clean, real.x0, plan.start, spec.chunk))
         if learns:
             metrics = mean_of(notes) | {"student_norm": descend(optimizers["student"], cfg.clip, "the student")}

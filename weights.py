@@ -78,6 +78,15 @@ def headers(files, spec, official):
     return {name: where for name, where in stored.items() if name is not None}
 
 
+def note(files, name):
+    """The note `name` in the headers of `files`; None if there is none."""
+    for file in files:
+        with safe_open(file, "numpy") as reader:
+            if name in (notes := reader.metadata() or {}):
+                return notes[name]
+    return None
+
+
 def read(stored):
     """(name, slice) of each tensor in `stored`; slice[...] is the tensor, a view of the mapped file, and slice[a:b] the
     rows that a rank of a sharded model needs. One file is open at a time."""
@@ -92,6 +101,7 @@ def save(model, path, dtype=torch.bfloat16, weights=None, **notes):
     """Write `weights` (default: the model's) as one safetensors file; `notes` go into its header."""
     weights = weights or model.state_dict()
     path, partial = Path(path), Path(f"{path}.partial")
+    notes |= {} if model.compress is None else {"history": model.compress.settings}
     header = {"backbone": model.spec.name, **{k: str(v) for k, v in notes.items()}}
     save_file({k: v.detach().to("cpu", dtype).contiguous() for k, v in weights.items()}, partial, metadata=header)
     partial.rename(path)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from block import Group, sights
 from control import Control
 from model import build, load
 
@@ -228,8 +229,8 @@ def test_one_noise_level_per_frame_equals_one_per_token(V):
     model = random_model("adaln", patch=(1, 1, 2))
     x, text = inputs(V=V, patch=2)
     actions, frames = torch.tensor([[0, 12, 80], [-1, 9, 4]]), torch.tensor([2.5, 7, 1234])
-    control = model.inject(Control(actions), x).time
-    v = model(x, MIXED, text, Control(actions), frames)
+    control = model.inject(Control(actions), x.shape).time
+    v = model(x, MIXED, text, Control(actions), frames=frames)
     for i in range(2):
         close(v[i], slow(model, x, MIXED, text, i, frames.tolist(), control[i]))
 
@@ -303,7 +304,8 @@ def test_blocks_share_one_compilation_without_graph_breaks(model):
     graphs = torch._dynamo.utils.counters["stats"]
     before = graphs["unique_graphs"]
     x, txt, c = torch.randn(1, 3, 24, 32), torch.randn(1, 1, 5, 32), torch.randn(1, 3, 1, 32)
-    args = x, txt, c, c[:, :1], (torch.rand(72, 8), torch.rand(72, 8)), None
+    groups = [Group("frames", x, (torch.rand(72, 8), torch.rand(72, 8)), (0, 3), told=(c,)), Group("text", txt, None, told=(c[:, :1],))]
+    args = groups, sights(groups, "joint")
     for block in model.double_blocks:
         close(torch.compile(block, dynamic=False, fullgraph=True, backend="eager")(*args), block(*args))
     assert graphs["unique_graphs"] == before + 1
@@ -318,7 +320,7 @@ def test_bf16_is_as_exact_as_the_official_precision_flow():
     half = random_model(layers=12, dim=128, heads=4, ffn=512, rope_dims=(8, 12, 12))
     half.load_state_dict({k: v if model.fp32.search(k) else v.bfloat16() for k, v in model.state_dict().items()}, assign=True)
     ours, official, types = [], [], set()
-    half.double_blocks[-1].register_forward_hook(lambda block, args, out: types.add((out[0].dtype, out[1].dtype)))
+    half.double_blocks[-1].register_forward_hook(lambda block, args, out: types.add(tuple(x.dtype for x in out[0])))
     for i in range(2):
         exact, one = slow(model, x, UNIFORM, text, i), slice(i, i + 1)
         with torch.autocast("cpu", torch.bfloat16):

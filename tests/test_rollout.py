@@ -234,7 +234,7 @@ def test_a_world_can_be_dreamt_from_words_alone(playable):
     assert playable.reset(world.CAPTIONS[0]).shape == (4, 64, 96, 3)
     for _ in range(4):
         playable.step([9] * 4)
-    assert playable.latents.shape[2] <= playable.spec.window                            # memory does not grow
+    assert playable.history.latents.shape[2] <= playable.spec.window                            # memory does not grow
 
 
 def test_a_state_can_be_gone_back_to_as_often_as_one_likes(playable):

@@ -107,7 +107,8 @@ EVERYTHING = ("--tune", "lora", "--rank", 4, "--gan", 0.1, "--teacher_fkl", 0.1,
               "--accumulate", 2, "--past", 8, "--frames", 32, "--grow", 1, "--short", 0.1)
 
 
-@pytest.mark.parametrize("flags", [EVERYTHING, ("--gan", 0.1, "--no-complete")], ids=["lora, all", "full, GAN"])
+@pytest.mark.parametrize("flags", [EVERYTHING, ("--gan", 0.1, "--no-complete", "--history", "framepack", "--past", 12)],
+                         ids=["lora, all", "full, GAN, memory"])
 def test_a_run_cut_in_two_ends_with_the_bits_of_a_whole_one(stage2, flags, monkeypatch):
     whole = stage2("whole", "--steps", 4, "--save_every", 2, *flags)
     log = checkpoint.Run.log

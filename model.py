@@ -9,6 +9,7 @@ checkpoints, so loading is strict and needs no key map; what this project adds l
 """
 
 import contextlib
+import itertools
 import math
 import re
 import sys
@@ -25,6 +26,7 @@ import inject
 import nvfp4
 import weights
 from common import rank
+from parallel import fill
 
 
 @dataclass(frozen=True)
@@ -161,8 +163,11 @@ def split(x, heads):
 FASTEST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-def attention(q, k, v, mask=None):
-    """Softmax attention [B, heads, N, d] by the first kernel of FASTEST that can; on Hopper cuDNN is 1.6x flash."""
+def attention(q, k, v, mask=None, shared=0):
+    """Softmax attention [B, heads, N, d] by the first kernel of FASTEST that can; on Hopper cuDNN is 1.6x flash.
+
+    The last `shared` rows are no tokens of the clip: it matters where ranks share a clip's (parallel.Ulysses).
+    """
     with sdpa_kernel(FASTEST, set_priority=True) if q.is_cuda else contextlib.nullcontext():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
@@ -171,6 +176,7 @@ class Backbone(nn.Module):
     """What every architecture is to the rest of the project; a subclass has its parts under their official names."""
 
     block_list = ""                                     # the attribute that holds the transformer blocks
+    own_attention = ""                                  # the part of a block that attends among the clip's tokens
     fp32 = re.compile("")                               # parameters that the official run computes with in fp32
     refuses = {}                                        # control kind that the architecture has no place for -> why
 
@@ -211,6 +217,15 @@ class Backbone(nn.Module):
             raise ValueError(f"sigma is one noise level per frame [{B}, {T}], got {list(sigma.shape)}")
         return x.shape
 
+    def scatter(self, x, rope):
+        """Tokens x [B, T, L, D] and their angles, before the blocks: where ranks share a clip (parallel.Ulysses takes
+        the place of this and of `gather`), each rank's part of every frame."""
+        return x, rope
+
+    def gather(self, x):
+        """All tokens again, behind the blocks."""
+        return x
+
     def inject(self, control, x):
         """What `control` adds to a forward of the latents `x`, and where."""
         if control is None:
@@ -225,6 +240,8 @@ class Backbone(nn.Module):
 class Attention(nn.Module):
     """Attention of `x` to `context`, or to itself with rotary positions; bidirectional, without masks."""
 
+    attend = staticmethod(attention)
+
     def __init__(self, dim, heads, eps):
         super().__init__()
         self.heads = heads
@@ -234,10 +251,10 @@ class Attention(nn.Module):
     def forward(self, x, context=None, rope=None, sentences=None, branch=None):         # [B, N, D], [B, S, D]
         keys = lambda context: (split(self.norm_k(self.k(context)), self.heads), split(self.v(context), self.heads))
         q, (k, v) = split(self.norm_q(self.q(x)), self.heads), keys(x if context is None else context)
-        added = 0.0 if branch is None else inject.prope(q, k, v, branch, attention)     # [B, N, D]
+        added = 0.0 if branch is None else inject.prope(q, k, v, branch, self.attend)     # [B, N, D]
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        y = inject.hear(q.to(v.dtype), k.to(v.dtype), v, sentences, keys, attention)    # [B, heads, N, d]
+        y = inject.hear(q.to(v.dtype), k.to(v.dtype), v, sentences, keys, self.attend)    # [B, heads, N, d]
         return self.o(rearrange(y, "b h n d -> b n (h d)")) + added
 
 
@@ -288,7 +305,7 @@ class WanHead(nn.Module):
 class Wan(Backbone):
     """Wan2.1-T2V-1.3B, Wan2.2-TI2V-5B and the embedded world's tiny and small: one architecture."""
 
-    block_list = "blocks"
+    block_list, own_attention = "blocks", "self_attn"
     fp32 = re.compile(r"^(time_|head|control\.(translation|rotation))|norm|modulation")
 
     def __init__(self, spec):
@@ -330,8 +347,10 @@ class Wan(Backbone):
         x = rearrange(x, "b c t (h q) (w r) -> b t (h w) (c q r)", q=q, r=r)            # [B, T, L, C * q * r]
         x = F.linear(x, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)  # the convolution
         x = x.float() + signal.tokens                                        # [B, T, L, D]; the residual stream is fp32
+        x, rope = self.scatter(x, rope)
         for i, block in enumerate(self.blocks):
             x = block(x, e6, context, rope, said, signal.branches.get(i))
+        x = self.gather(x)
         with torch.autocast(x.device.type, enabled=False):
             x = self.head(x, e)                                                         # [B, T, L, C * q * r]
         return rearrange(x, "b t (h w) (q r c) -> b c t (h q) (w r)", h=H // q, q=q, r=r)
@@ -398,6 +417,8 @@ class TokenRefiner(nn.Module):
 class HunyuanBlock(nn.Module):
     """Double-stream block (MMDiT of SD3, arXiv:2403.03206, figure 2b): two sets of weights, one attention."""
 
+    attend = staticmethod(attention)
+
     def __init__(self, spec):
         super().__init__()
         D, M, self.heads, self.eps = spec.dim, spec.ffn, spec.heads, spec.eps
@@ -420,11 +441,11 @@ class HunyuanBlock(nn.Module):
             self.img_attn_q(h), self.img_attn_k(h), self.img_attn_v(h),
             self.txt_attn_q(t), self.txt_attn_k(t), self.txt_attn_v(t)))
         q, k = self.img_attn_q_norm(q), self.img_attn_k_norm(k)                         # [B, heads, T*L, d]
-        added = 0.0 if branch is None else inject.prope(q, k, v, branch, attention)     # [B, T*L, D]
+        added = 0.0 if branch is None else inject.prope(q, k, v, branch, self.attend)     # [B, T*L, D]
         q = torch.cat([rotate(q, rope).to(v.dtype), self.txt_attn_q_norm(tq).to(v.dtype)], 2)
         k = torch.cat([rotate(k, rope).to(v.dtype), self.txt_attn_k_norm(tk).to(v.dtype)], 2)
         v = torch.cat([v, tv], 2)                                                       # [B, heads, T*L + S, d]
-        y = rearrange(attention(q, k, v, mask), "b h n d -> b n (h d)")
+        y = rearrange(self.attend(q, k, v, mask, t.shape[1]), "b h n d -> b n (h d)")
 
         x = x + gate1 * (self.img_attn_proj(y[:, :T * L]) + added).unflatten(1, (T, L))     # [B, T, L, D]
         txt = txt + tgate1 * self.txt_attn_proj(y[:, T * L:])[:, None]                  # [B, 1, S, D]
@@ -435,7 +456,7 @@ class HunyuanBlock(nn.Module):
 class HunyuanVideo(Backbone):
     """HunyuanVideo-1.5-8B (arXiv:2511.18870)."""
 
-    block_list = "double_blocks"
+    block_list = "double_blocks"                        # each attends itself
     # In bf16: linear layers and the image stream; in fp32: norms, the text stream, as in the official run; time, head.
     fp32 = re.compile(r"^(time_in|txt_in\.t_embedder|vision_in\.proj\.[04]|cond_type|final_layer|control\.[tr])|norm")
     refuses = {"text": "it has no cross-attention, so every frame would hear the sentences of all"}
@@ -486,8 +507,10 @@ class HunyuanVideo(Backbone):
         txt, mask = self.embed_text(text, e_txt[:, 0], len(rope[0]))            # [B, 1, S, D] fp32, [B, 1, 1, T*L + S]
         x = rearrange(self.condition(x, sigma, text), "b c t (h q) (w r) -> b t (h w) (c q r)", q=q, r=r)
         x = F.linear(x, self.img_in.proj.weight.flatten(1), self.img_in.proj.bias) + signal.tokens      # [B, T, L, D]
+        x, rope = self.scatter(x, rope)
         for i, block in enumerate(self.double_blocks):
             x, txt = block(x, txt, c, c_txt, rope, mask, signal.branches.get(i))
+        x = self.gather(x)
         with torch.autocast(x.device.type, enabled=False):
             shift, scale = self.final_layer.adaLN_modulation(c).chunk(2, -1)            # each [B, T, 1, D]
             x = self.final_layer.linear(modulate(layer_norm(x, p.eps), shift, scale))   # [B, T, L, C * q * r]
@@ -557,6 +580,8 @@ def rotate_halves(x, rope):
 class LTXAttention(nn.Module):
     """Attention to `context` or to `x` itself, without masks; a gate on each head's output, 1 at a logit of 0."""
 
+    attend = staticmethod(attention)
+
     def __init__(self, dim, heads, eps):
         super().__init__()
         self.heads = heads
@@ -567,10 +592,10 @@ class LTXAttention(nn.Module):
     def forward(self, x, context=None, rope=None, sentences=None, branch=None):         # [B, N, D], [B, S, D]
         keys = lambda kv: (split(self.k_norm(self.to_k(kv)), self.heads), split(self.to_v(kv), self.heads))
         q, (k, v) = split(self.q_norm(self.to_q(x)), self.heads), keys(x if context is None else context)
-        added = 0.0 if branch is None else inject.prope(q, k, v, branch, attention)     # [B, N, D]
+        added = 0.0 if branch is None else inject.prope(q, k, v, branch, self.attend)     # [B, N, D]
         if rope is not None:
             q, k = rotate_halves(q, rope), rotate_halves(k, rope)
-        y = inject.hear(q.to(v.dtype), k.to(v.dtype), v, sentences, keys, attention)    # [B, heads, N, d]
+        y = inject.hear(q.to(v.dtype), k.to(v.dtype), v, sentences, keys, self.attend)    # [B, heads, N, d]
         gate = 2 * self.to_gate_logits(x).sigmoid()                                     # [B, N, heads]
         return self.to_out((rearrange(y, "b h n d -> b n h d") * gate[..., None]).flatten(2)) + added
 
@@ -609,7 +634,7 @@ class LTXBlock(nn.Module):
 class LTX(Backbone):
     """LTX-2.3-22B's video tower, 13.1 B parameters; its attribute `fps` is the frame rate: time is in seconds."""
 
-    block_list = "transformer_blocks"
+    block_list, own_attention = "transformer_blocks", "attn1"
     fp32 = re.compile(r"^(adaln|prompt_adaln|proj_out|control\.(translation|rotation))|_norm|scale_shift_table")
 
     def __init__(self, spec):
@@ -661,9 +686,10 @@ class LTX(Backbone):
             m_text = self.prompt_adaln_single(e_text).unflatten(-1, (2, p.dim))         # [B, 2, D]
 
         x = self.patchify_proj(rearrange(x, "b c t h w -> b t (h w) c"))                # [B, T, L, D], the run's dtype
-        x, states = x + signal.tokens, states.to(x.dtype)
+        (x, rope), states = self.scatter(x + signal.tokens, rope), states.to(x.dtype)
         for i, block in enumerate(self.transformer_blocks):
             x = block(x, m, m_text, states, rope, signal.sentences, signal.branches.get(i))
+        x = self.gather(x)
         with torch.autocast(x.device.type, enabled=False):
             shift, scale = (e[:, :, None] + self.scale_shift_table).split(1, 2)         # each [B, T, 1, D]
             x = self.proj_out(modulate(layer_norm(x, p.eps), shift, scale))             # [B, T, L, C]
@@ -706,7 +732,7 @@ def build_on(device, dtype, name, **fields):
     return model
 
 
-def load(name, source=None, device="cpu", dtype=torch.float32, control=None, partial=False, **fields):
+def load(name, source=None, device="cpu", dtype=torch.float32, control=None, partial=False, prepare=None, **fields):
     """A backbone filled from `source`: a safetensors file, a folder in the official layout, or a hub repository id.
 
     The file's keys must be the model's keys, with the control kinds of the file (those in `control`, if it is given).
@@ -714,6 +740,8 @@ def load(name, source=None, device="cpu", dtype=torch.float32, control=None, par
     With bfloat16 weights run it under torch.autocast; the time path, norms and head keep fp32 weights. Tensors go one
     by one from the mapped file to `device`; on the CPU, those that need no conversion stay in the file's pages. Linears
     that are packed in the file (nvfp4.py) stay so in memory. Errors (ValueError, OSError) name the file and the key.
+    `prepare(model)` changes the model while all that the file will fill is on the meta device: further control,
+    quantised linears, `parallel.Layout.place`. Of a sharded model each rank reads its own rows alone.
     """
     spec = preset(name, **fields)
     source = source or weights.default_source(spec)
@@ -725,7 +753,8 @@ def load(name, source=None, device="cpu", dtype=torch.float32, control=None, par
     with torch.device("meta"):
         model = make()
     if any(key.endswith(".weight_scale") for key in stored):
-        return nvfp4.load(model, files, device, dtype)
+        model = nvfp4.load(model, files, device, dtype)
+        return prepare(model) if prepare else model
     expected, doubt = {key: list(p.shape) for key, p in model.state_dict().items()}, f"is it a checkpoint of {name}?"
     missing, surplus = [key for key in expected if key not in stored], [key for key in stored if key not in expected]
     differs = [f"{source} has {how} {weights.listed(keys)}"
@@ -738,12 +767,13 @@ def load(name, source=None, device="cpu", dtype=torch.float32, control=None, par
     for key, (file, _, shape) in stored.items():
         if shape != expected[key]:
             raise ValueError(f"{file}: '{key}' is {shape}, but {name} needs {expected[key]}; {doubt}")
-    state = {key: part[...].to(device).to(model.stored_dtype(key, dtype)) for key, part in weights.read(stored)}
-    if missing:
-        fresh = make().state_dict()
-        state |= {key: fresh[key].to(device, model.stored_dtype(key, dtype)) for key in missing}
-    model.load_state_dict(state, strict=True, assign=True)
-    return model.requires_grad_(True)
+    fresh = make().state_dict() if missing else {}
+    model = prepare(model) if prepare else model
+    places, state = model.state_dict(), {}
+    for key, part in itertools.chain(weights.read(stored), ((key, fresh[key]) for key in missing)):
+        state[key] = fill(places[key], part, device, model.stored_dtype(key, dtype))
+    model.load_state_dict(state, strict=not prepare, assign=True)           # what `prepare` added has values
+    return model
 
 
 # ---- Counting --------------------------------------------------------------------------------------------------------

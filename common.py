@@ -82,16 +82,9 @@ def require_positive(config, *names):
 
 # ---- Processes, devices, seeds ---------------------------------------------------------------------------------------
 
-_share = 1                      # ranks that share a clip: see `setup`
-
-
-def setup(sequence=1):
-    """Join the process group if torchrun started us and choose this rank's device, which is returned.
-
-    `sequence` neighbouring ranks draw the same data and noise: they share each clip (parallel.py).
-    """
-    global _share
-    _share, cuda = sequence, torch.cuda.is_available()
+def setup():
+    """Join the process group if torchrun started us and choose this rank's device, which is returned."""
+    cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -110,9 +103,18 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+_sharing = 1                    # neighbouring ranks that have a clip together
+
+
+def share_clips(ranks):
+    """From now on so many neighbouring ranks have each clip together (parallel.Ulysses) and draw the same."""
+    global _sharing
+    _sharing = ranks
+
+
 def data_rank():
-    """The rank in what is drawn: equal where ranks share a clip."""
-    return rank() // _share
+    """This rank's number in all that is drawn for its clips: data, noise, noise levels."""
+    return rank() // _sharing
 
 
 def barrier():

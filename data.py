@@ -62,7 +62,8 @@ class WorldStream:
 
     def load(self, number):
         """Render and encode pool `number`, in pieces that bound the memory of the pixels."""
-        trips = Trips(*world.explore(self.pool, self.length, generator(self.seed, self.split, "pool", data_rank(), number)))
+        g = generator(self.seed, self.split, "pool", data_rank(), number)
+        trips = Trips(*world.explore(self.pool, self.length, g))
         device = self.codec.device
         self.latents = torch.cat([self.codec.encode(trips.part(i, i + 64).video(device))
                                   for i in range(0, self.pool, 64)])                    # [N, C, length, H, W]

@@ -24,7 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from common import world_size
+from common import share_clips, world_size
 
 # ---- Passes over the blocks ------------------------------------------------------------------------------------------
 
@@ -80,6 +80,7 @@ class Layout:
         if shard == "fsdp" and W > 1:
             sizes, names = ((replicas, W // replicas), ("replicas", "shards")) if replicas > 1 else ((W,), ("shards",))
             self.mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
+        share_clips(sequence)
         if sequence > 1:
             clips = init_device_mesh(device.type, (W // sequence, sequence), mesh_dim_names=("data", "sequence"))
             self.group = clips["sequence"].get_group()

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from checkpoint import Run, load_checkpoint, save_checkpoint
-from common import (EMA, derive, descend, one_line_errors, parse, provenance, rank, require_positive, reseed, setup,
-                    shutdown)
-from parallel import compile_blocks
+from common import (EMA, data_rank, derive, descend, one_line_errors, parse, provenance, require_positive, reseed,
+                    setup, shutdown)
+from parallel import Layout, checkpoint_blocks, compile_blocks
 from control import NO_ACTION, Condition, Control, attach
 from data import WorldStream
 from encode import codec
@@ -42,7 +42,8 @@ class Config:
     steps: int = 2000               # optimizer steps
     seed: int = 0                   # of everything random
     save_every: int = 1000          # steps between checkpoints
-    batch: int = 16                 # clips per step and process
+    batch: int = 16                 # clips per process and backward pass
+    accumulate: int = 1             # backward passes per step: as if the batch were so many times larger
     frames: int = 12                # latent frames of the longest clips: the window
     grown: float = 0.6              # share of steps with those; the others have fewer chunks, as a rollout begins
     i2v: float = 0.15               # share of steps whose clips begin with one clean frame
@@ -58,11 +59,16 @@ class Config:
     pool: int = 256                 # trajectories in memory
     refresh: int = 500              # steps until they are replaced
     log_every: int = 20             # steps between log lines
+    shard: str = "ddp"              # weights: none, one process; ddp, a copy in each; fsdp, rows of one copy in each
+    replicas: int = 1               # with --shard fsdp: so many sharded copies, such as one per machine
+    sequence: int = 1               # neighbouring processes that share each clip
+    recompute: bool = False         # recompute activations in the backward pass: less memory
     compile: bool = False           # torch.compile the transformer blocks
     cuda_graphs: bool = False       # with --compile on a GPU: launch the network as CUDA graphs
 
     def __post_init__(self):
-        require_positive(self, "steps", "save_every", "batch", "frames", "lr", "pool", "refresh", "log_every", "clip")
+        require_positive(self, "steps", "save_every", "batch", "accumulate", "frames", "lr", "pool", "refresh",
+                         "log_every", "clip")
         if self.backbone not in PRESETS:
             raise ValueError(f"unknown backbone '{self.backbone}'; choose {', '.join(PRESETS)}")
         if self.train not in ("all", "control") or (self.train == "control" and not self.init) or (
@@ -75,8 +81,9 @@ class Config:
                 raise ValueError(f"--{name} is a share, 0..1, got {getattr(self, name)}")
         if self.drop + self.drop_text + self.drop_actions > 1 or self.ema == 1 or self.warmup < 0:
             raise ValueError("the --drop shares are at most 1 together, --ema is below 1, --warmup is not negative")
-        if self.cuda_graphs and not (self.compile and torch.cuda.is_available()):
-            raise ValueError("--cuda_graphs needs --compile and a GPU")
+        if self.cuda_graphs and not (self.compile and torch.cuda.is_available() and self.shard != "fsdp"
+                                     and self.sequence == 1):
+            raise ValueError("--cuda_graphs needs --compile and a GPU, and a network that no other process has part in")
         if self.frames < 2 * PRESETS[self.backbone].chunk:
             raise ValueError(f"--frames must hold two chunks of {PRESETS[self.backbone].chunk}, got {self.frames}")
 
@@ -159,17 +166,18 @@ def adamw(model, cfg, device):
     return torch.optim.AdamW(groups, cfg.lr, (0.9, 0.99), weight_decay=cfg.decay, fused=device.type == "cuda")
 
 
-def initial_model(cfg, coder, device):
+def initial_model(cfg, coder, layout, device):
     """The network of --init, or a random one, with the control of --control: what is new begins without effect."""
+    def prepare(model):
+        attach(model, cfg.control, coder.sentences() if "text" in cfg.control else None, device)
+        for name, p in model.named_parameters():
+            p.requires_grad_(cfg.train == "all" or name.startswith("control."))
+        return layout.place(checkpoint_blocks(model) if cfg.recompute else model)
+
     reseed(cfg.seed, "initialisation")
     if cfg.init:
-        model = load(cfg.backbone, cfg.init, device, control=cfg.control, partial=cfg.init_partial)
-    else:
-        model = build(cfg.backbone, None).to(device)
-    attach(model, cfg.control, coder.sentences() if "text" in cfg.control else None)
-    for name, p in model.named_parameters():
-        p.requires_grad_(cfg.train == "all" or name.startswith("control."))
-    return model
+        return load(cfg.backbone, cfg.init, device, control=cfg.control, partial=cfg.init_partial, prepare=prepare)
+    return prepare(build(cfg.backbone, None).to(device))
 
 
 def save_teacher(model, ema, cfg, step):
@@ -185,9 +193,9 @@ def save_teacher(model, ema, cfg, step):
 def prepare(cfg):
     """The networks, the data and the run folder; bad input ends here with one line."""
     device = setup()
-    coder = codec(cfg.backbone, device)
-    model = initial_model(cfg, coder, device)
-    stream = WorldStream(coder, cfg.seed, cfg.pool, max(48, cfg.frames), cfg.refresh)
+    layout, coder = Layout(device, cfg.shard, cfg.replicas, cfg.sequence), codec(cfg.backbone, device)
+    model = initial_model(cfg, coder, layout, device)
+    stream = WorldStream(coder, cfg.seed, cfg.pool, max(48, cfg.frames), cfg.refresh * cfg.accumulate)
     return device, model, coder, stream, Run(cfg.out, cfg)
 
 
@@ -201,12 +209,14 @@ def main(cfg):
     velocity = fast_velocity(model, cfg) if cfg.compile else velocity_of(model)
 
     for step in run.progress(start, cfg.steps, "stage 1"):
-        reseed(cfg.seed, "stage 1", rank(), step)
+        reseed(cfg.seed, "stage 1", data_rank(), step)
         shared = random.Random(derive(cfg.seed, "stage 1, all ranks", step))
-        batch = stream.batch(step, cfg.batch, draw_frames(cfg, spec.chunk, shared))
-
-        loss = stage1_loss(velocity, batch.x0, drop(batch.condition, empty, cfg), cfg, spec)
-        loss.backward()
+        frames, loss = draw_frames(cfg, spec.chunk, shared), 0.0
+        for i in range(cfg.accumulate):
+            batch = stream.batch(step * cfg.accumulate + i, cfg.batch, frames)
+            part = stage1_loss(velocity, batch.x0, drop(batch.condition, empty, cfg), cfg, spec) / cfg.accumulate
+            part.backward()
+            loss += part.detach()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg)
         norm = descend(optimizer, cfg.clip, "the network")
@@ -215,8 +225,7 @@ def main(cfg):
         if step % cfg.log_every == 0 or step + 1 == cfg.steps:
             run.log(step, loss=loss, norm=norm, lr=group["lr"])
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
-            if rank() == 0:                     # before the checkpoint: a complete one never lacks its weights
-                save_teacher(model, ema, cfg, step + 1)
+            save_teacher(model, ema, cfg, step + 1)     # before the checkpoint: a complete one never lacks its weights
             save_checkpoint(cfg.out, step + 1, *state)
     shutdown()
 

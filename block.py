@@ -29,8 +29,11 @@ MODES = ("joint", "self", "segment")
 FASTEST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-def attention(q, k, v, mask=None):
-    """Softmax attention [B, heads, N, d] by the first kernel of FASTEST that can; on Hopper cuDNN is 1.6x flash."""
+def attention(q, k, v, mask=None, shared=0):
+    """Softmax attention [B, heads, N, d] by the first kernel of FASTEST that can; on Hopper cuDNN is 1.6x flash.
+
+    The last `shared` rows are no tokens of the clip: it matters where ranks share a clip's (parallel.Ulysses).
+    """
     with sdpa_kernel(FASTEST, set_priority=True) if q.is_cuda else contextlib.nullcontext():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
@@ -85,16 +88,16 @@ def join(parts):
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
-def meet(sight, q, k, v, attend, alone=None):
+def meet(sight, q, k, v, attend, alone=None, whole=0):
     """Attention outputs [B, n, D] by number of the group; None where it has no queries.
 
-    q, k, v [B, heads, n, d]; what segments see are the keys `alone`.
+    q, k, v [B, heads, n, d]; what segments see are the keys `alone`; the last `whole` tokens are text.
     """
     out = [None] * len(q)
     for asking, seen, lengths, mask in sight:
         keys = alone or k if lengths else k
         given = [join([x[i] for i in which]) for x, which in ((q, asking), (keys, seen), (v, seen))]
-        y = apart(*given, lengths, mask, attend) if lengths else attend(*given, mask)
+        y = apart(*given, lengths, mask, attend) if lengths else attend(*given, mask, whole)
         y = rearrange(y, "b h n d -> b n (h d)")
         for i, part in zip(asking, y.split([q[i].shape[2] for i in asking], 1)):
             out[i] = part
@@ -148,7 +151,8 @@ class Block(nn.Module):
         keys = [place(x, g.rope, y) for x, g, y in zip(k, groups, v)]
         alone = [place(x, g.home, y) if g.home else key for x, g, y, key in zip(k, groups, v, keys)]
         asked = [place(x, g.home or g.rope, y) for x, g, y in zip(q, groups, v)]
-        heard = meet(sight, asked, keys, v, self.attend, alone)
+        whole = sum(g.count() for g in groups if g.rope is None)
+        heard = meet(sight, asked, keys, v, self.attend, alone, whole)
         added = geometry(groups, sight, q, k, v, branch, self.attend)
         xs = [self.after(g, *each) for g, *each in zip(groups, heard, added, rest) if g.x is not None]
         return xs, [(k[i].to(v[i].dtype), v[i]) for i, g in enumerate(groups) if keep and g.role in ("memory", "clean")]

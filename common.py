@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 ROOT = Path(__file__).parent
 
@@ -102,6 +103,20 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+_sharing = 1                    # neighbouring ranks that have a clip together
+
+
+def share_clips(ranks):
+    """From now on so many neighbouring ranks have each clip together (parallel.Ulysses) and draw the same."""
+    global _sharing
+    _sharing = ranks
+
+
+def data_rank():
+    """This rank's number in all that is drawn for its clips: data, noise, noise levels."""
+    return rank() // _sharing
+
+
 def barrier():
     if dist.is_initialized():
         dist.barrier()
@@ -114,7 +129,8 @@ def shutdown():
 
 def autocast(device):
     """bf16 compute over fp32 weights on a GPU; fp32 on a CPU."""
-    return torch.autocast("cuda", torch.bfloat16, enabled=torch.device(device).type == "cuda")
+    cuda = torch.device(device).type == "cuda"
+    return torch.autocast("cuda", torch.bfloat16, enabled=cuda, cache_enabled=False)    # casts live as long as a layer
 
 
 def derive(seed, *names):
@@ -143,6 +159,12 @@ def mean_over_ranks(metrics):
     return dict(zip(keys, values.tolist()))
 
 
+def on_host(tensor, dtype=None):
+    """All of a tensor on the CPU of rank 0, which writes files; every rank calls it, and the others keep nothing."""
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.detach().to("cpu" if rank() == 0 else "meta", dtype or whole.dtype)
+
+
 def provenance():
     """Commit and versions, for everything that is written down."""
     commit = "unknown"
@@ -159,14 +181,17 @@ def provenance():
 def descend(optimizer, clip, step_name):
     """Average gradients over ranks, clip their global norm, step, clear. Returns the norm before clipping.
 
+    Those of sharded parameters are averaged already (parallel.py); the norm is that of the whole network all the same.
     A norm that is not finite raises FloatingPointError on every rank and changes no weight.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if world_size() > 1:
-        for p in parameters:
+    for p in parameters:
+        if world_size() > 1 and not isinstance(p.grad, DTensor):
             dist.all_reduce(p.grad)
             p.grad /= world_size()
-    norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
     if not torch.isfinite(norm):
         raise FloatingPointError(f"the gradient norm of {step_name} is {float(norm)}; no weight was changed")
     optimizer.step()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 import world
-from common import generator, rank
+from common import data_rank, generator
 from control import ACTIONS, Condition, Control, relative
 
 
@@ -62,7 +62,8 @@ class WorldStream:
 
     def load(self, number):
         """Render and encode pool `number`, in pieces that bound the memory of the pixels."""
-        trips = Trips(*world.explore(self.pool, self.length, generator(self.seed, self.split, "pool", rank(), number)))
+        g = generator(self.seed, self.split, "pool", data_rank(), number)
+        trips = Trips(*world.explore(self.pool, self.length, g))
         device = self.codec.device
         self.latents = torch.cat([self.codec.encode(trips.part(i, i + 64).video(device))
                                   for i in range(0, self.pool, 64)])                    # [N, C, length, H, W]
@@ -76,7 +77,7 @@ class WorldStream:
             raise ValueError(f"clips of {frames} frames do not fit trajectories of {self.length}")
         if self.loaded != step // self.refresh:
             self.load(step // self.refresh)
-        g = generator(self.seed, self.split, "batch", rank(), step)
+        g = generator(self.seed, self.split, "batch", data_rank(), step)
         trip = torch.randint(self.pool, (size,), generator=g).to(self.codec.device)
         start = torch.randint(self.length - frames + 1, (size,), generator=g).to(self.codec.device)
         kind = torch.randint(2, (size,), generator=g).to(self.codec.device)
@@ -100,7 +101,7 @@ class RandomStream:
         return {"text": states.expand(len(prompts), -1, -1).to(self.device)}
 
     def batch(self, step, size, frames):
-        g, spec = generator(self.seed, "random", rank(), step), self.spec
+        g, spec = generator(self.seed, "random", data_rank(), step), self.spec
         H, W = (n // s for n, s in zip(spec.size[1:], spec.stride[1:]))
         x0 = torch.randn(size, spec.channels, frames, H, W, generator=g).to(self.device)
         actions = torch.randint(ACTIONS, (size, frames), generator=g).to(self.device)

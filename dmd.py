@@ -106,7 +106,7 @@ class Discriminator:
     """
 
     def __init__(self, model, velocity, head):
-        self.velocity, self.head, self.listening = velocity, head, False
+        self.velocity, self.head, self.gather, self.listening = velocity, head, model.gather, False
         blocks = getattr(model, model.block_list)
         blocks[len(blocks) // 2].register_forward_hook(self.keep)
 
@@ -120,7 +120,7 @@ class Discriminator:
         self.listening = True
         self.velocity(x_t, sigma, cond)
         tokens, self.listening, self.tokens = self.tokens, False, None
-        return self.head(tokens, x_t.shape[2])
+        return self.head(self.gather(tokens), x_t.shape[2])
 
 
 def frame_mean(y, mask):

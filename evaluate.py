@@ -22,7 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 import world
-from common import autocast, generator, one_line_errors, parse, provenance, require_positive, reseed, setup
+from common import autocast, generator, one_line_errors, parse, provenance, rank, require_positive, reseed, setup
 from control import Condition
 from data import Trips
 from encode import codec
@@ -124,7 +124,7 @@ def dream(sampler, coder, trips, video, seed, piece=128):
     spec, captions, out = sampler.model.spec, coder.text(world.CAPTIONS), []
     velocity = guided(velocity_of(sampler.model), sampler.guidance, coder.text([spec.negative]))
     noise = lambda shape, g=generator(seed, "dream"): torch.randn(shape, generator=g).to(coder.device)
-    for i in tqdm(range(0, len(video), piece), desc=sampler.name, leave=False):
+    for i in tqdm(range(0, len(video), piece), desc=sampler.name, leave=False, disable=rank() > 0):
         maps = trips.maps[i:i + piece].to(coder.device)
         told = trips.part(i, i + piece).control(coder.device).frames(0, video.shape[1])
         condition = Condition({k: v[maps] for k, v in captions.items()}, told)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import world
-from common import generator, mean_over_ranks, one_line_errors, parse, provenance, require_positive, setup
+from common import generator, mean_over_ranks, one_line_errors, parse, provenance, rank, require_positive, setup
 from control import Condition
 from data import Trips
 from encode import codec
@@ -159,7 +159,8 @@ def side_by_side(path, coder, teacher, student, nets):
             side[row.name] = dream(row, coder, trips, truth, SEED)
     side["critic's x0"] = critic_view(nets.critic, coder, trips, side[student.name], spec.window)
     frames = torch.cat([video[0] for video in side.values()], 2)
-    write_video(path, draw_keys(frames, trips.actions[0], 3, list(side)), spec.fps)
+    if rank() == 0:             # several come here where they share a network
+        write_video(path, draw_keys(frames, trips.actions[0], 3, list(side)), spec.fps)
 
 
 def final_table(folder, coder, rows, clips, shipped):
@@ -171,8 +172,9 @@ def final_table(folder, coder, rows, clips, shipped):
         row = json.loads(stored.read_text())["figures"][rows[0].name]
         row = {k: v for k, v in row.items() if k not in ("frechet", "ms a chunk")}      # of other counts, hardware
         results = {f"{rows[0].name} (stored: 256 others, an earlier probe)": row, **results}
-    print(f"\nPreview on {clips} held-out sequences (for acceptance: python evaluate.py)\n{table(results)}")
-    (folder / "preview.json").write_text(json.dumps(results, indent=1) + "\n")
+    if rank() == 0:             # several come here where they share a network
+        print(f"\nPreview on {clips} held-out sequences (for acceptance: python evaluate.py)\n{table(results)}")
+        (folder / "preview.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 def curves(folder):

@@ -189,8 +189,9 @@ class Injection(nn.Module):
         return Signal(**signal)
 
 
-def attach(backbone, kind="adaln", sentences=None):
-    """Give `backbone` the injections of `kind`, such as "adaln" or "adaln+prope", that it does not have yet.
+def attach(backbone, kind="adaln", sentences=None, device=None):
+    """Give `backbone` the injections of `kind`, such as "adaln" or "adaln+prope", that it does not have yet, on its own
+    `device` or on that given.
 
     `text` needs `sentences` [81, S, E]: SENTENCES as the text encoder gives them, zeros after the end of each.
     """
@@ -201,7 +202,7 @@ def attach(backbone, kind="adaln", sentences=None):
         if name in backbone.refuses:
             raise ValueError(f"{backbone.spec.name} cannot take control {name}: {backbone.refuses[name]}")
     injection = backbone.control or Injection()
-    with torch.device(next(backbone.parameters()).device):
+    with torch.device(device or next(backbone.parameters()).device):
         for name in kinds:
             if name not in injection.kinds:
                 injection.add(name, backbone.spec, sentences)

@@ -11,6 +11,9 @@ import re
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
+
+from common import on_host
 
 # Attention projections and MLPs of all backbones, by their official names: Wan `self_attn.q`, `ffn.0`; HunyuanVideo
 # `img_attn_q`, `txt_mlp.fc1`; LTX `attn1.to_q`, `attn2.to_out.0`, `ff.net.0.proj`.
@@ -80,11 +83,12 @@ class Adapters:
     def merged(self, name, weights=None):
         """Full weights {name: tensor} of the base with the set `name` folded in, W + (alpha / r) B A.
 
-        `weights` replaces the set's own values, such as by their average. Changed tensors are on the host: a GPU that
-        just holds the base has no room for a second one.
+        `weights` replaces the set's own values, such as by their average. Changed tensors are on the host of rank 0: a
+        GPU that just holds the base has no room for a second one. Every rank calls it.
         """
         full, low = dict(self.model.state_dict()), weights or self.sets[name].state_dict()
         for linear in self.sets[name].names:
             base, update = full[f"{linear}.weight"], low[f"{linear}.lora_B.weight"] @ low[f"{linear}.lora_A.weight"]
-            full[f"{linear}.weight"] = (base.float() + self.sets[name].scale * update).to("cpu", base.dtype)
+            whole = base.full_tensor() if isinstance(base, DTensor) else base
+            full[f"{linear}.weight"] = on_host(whole.float() + self.sets[name].scale * update, base.dtype)
         return full

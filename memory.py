@@ -137,13 +137,13 @@ def enter(model, x, sigma, text, control, memory, frames, fresh):
 def through(model, groups, branches, memory, layers=None, keep=False):
     """The groups behind all blocks and, with `keep`, what they leave for a Cache; `layers` are those of a Cache."""
     lengths = tuple(n for _, n in memory.segments()) if memory.mode == "segment" else ()
-    kept, sight = [], sights(groups, memory.mode, lengths)
+    kept, sight, groups = [], sights(groups, memory.mode, lengths), model.scatter(groups)
     for i, block in enumerate(getattr(model, model.block_list)):
         past = layers[i] if layers else ()
         tokens, pairs = block(groups, sight, past, branches.get(i), keep)
         groups = groups[:len(past)] + [g._replace(x=x) for g, x in zip(groups[len(past):], tokens)]
         kept.append(pairs)
-    return groups, kept
+    return model.gather(groups), kept
 
 
 def assemble(memory, *sources):

@@ -8,6 +8,7 @@ checkpoints, so loading is strict and needs no key map; what this project adds l
     python model.py wan2.2-5b            # sizes, tokens and operations of a preset, nothing allocated
 """
 
+import itertools
 import math
 import re
 import sys
@@ -27,6 +28,7 @@ from block import Block, Group, attention
 from common import rank
 from memory import EMPTY, Cache, enter, prefill, through
 from rotary import grid, ltx_rope, rotary, rotate, rotate_halves
+from parallel import fill
 
 
 @dataclass(frozen=True)
@@ -225,6 +227,15 @@ class Backbone(nn.Module):
         if sigma.shape != (B, T):
             raise ValueError(f"sigma is one noise level per frame [{B}, {T}], got {list(sigma.shape)}")
         return x.shape
+
+    def scatter(self, groups):
+        """The groups of a forward (block.py) before the blocks: where ranks share a clip (parallel.Ulysses takes the place
+        of this and of `gather`), each rank's part of every frame."""
+        return groups
+
+    def gather(self, groups):
+        """All tokens again, behind the blocks."""
+        return groups
 
     def inject(self, control, shape):
         """What `control` adds to a forward of latents of `shape`, and where."""
@@ -726,7 +737,7 @@ def build_on(device, dtype, name, **fields):
     return model
 
 
-def load(name, source=None, device="cpu", dtype=torch.float32, control=None, partial=False, **fields):
+def load(name, source=None, device="cpu", dtype=torch.float32, control=None, partial=False, prepare=None, **fields):
     """A backbone filled from `source`: a safetensors file, a folder in the official layout, or a hub repository id.
 
     The file's keys must be the model's keys, with the control kinds of the file (those in `control`, if it is given).
@@ -734,6 +745,8 @@ def load(name, source=None, device="cpu", dtype=torch.float32, control=None, par
     With bfloat16 weights run it under torch.autocast; the time path, norms and head keep fp32 weights. Tensors go one
     by one from the mapped file to `device`; on the CPU, those that need no conversion stay in the file's pages. Linears
     that are packed in the file (nvfp4.py) stay so in memory. Errors (ValueError, OSError) name the file and the key.
+    `prepare(model)` changes the model while all that the file will fill is on the meta device: further control,
+    quantised linears, `parallel.Layout.place`. Of a sharded model each rank reads its own rows alone.
     """
     spec = preset(name, **fields)
     source = source or weights.default_source(spec)
@@ -746,7 +759,8 @@ def load(name, source=None, device="cpu", dtype=torch.float32, control=None, par
     with torch.device("meta"):
         model = make()
     if any(key.endswith(".weight_scale") for key in stored):
-        return nvfp4.load(model, files, device, dtype)
+        model = nvfp4.load(model, files, device, dtype)
+        return prepare(model) if prepare else model
     expected, doubt = {key: list(p.shape) for key, p in model.state_dict().items()}, f"is it a checkpoint of {name}?"
     missing, surplus = [key for key in expected if key not in stored], [key for key in stored if key not in expected]
     differs = [f"{source} has {how} {weights.listed(keys)}"
@@ -759,12 +773,13 @@ def load(name, source=None, device="cpu", dtype=torch.float32, control=None, par
     for key, (file, _, shape) in stored.items():
         if shape != expected[key]:
             raise ValueError(f"{file}: '{key}' is {shape}, but {name} needs {expected[key]}; {doubt}")
-    state = {key: part[...].to(device).to(model.stored_dtype(key, dtype)) for key, part in weights.read(stored)}
-    if missing:
-        fresh = make().state_dict()
-        state |= {key: fresh[key].to(device, model.stored_dtype(key, dtype)) for key in missing}
-    model.load_state_dict(state, strict=True, assign=True)
-    return model.requires_grad_(True)
+    fresh = make().state_dict() if missing else {}
+    model = prepare(model) if prepare else model
+    places, state = model.state_dict(), {}
+    for key, part in itertools.chain(weights.read(stored), ((key, fresh[key]) for key in missing)):
+        state[key] = fill(places[key], part, device, model.stored_dtype(key, dtype))
+    model.load_state_dict(state, strict=not prepare, assign=True)           # what `prepare` added has values
+    return model
 
 
 # ---- Counting --------------------------------------------------------------------------------------------------------

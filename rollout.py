@@ -19,7 +19,7 @@ from encode import codec
 from flow import add_noise, euler, guide, schedule, velocity_to_x0
 from history import History, budget, configure
 from model import load
-from parallel import replayed
+from graphs import replayed
 from weights import ASSETS
 from video import compose, read_picture, write_video
 

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from checkpoint import Run, load_checkpoint, save_checkpoint
-from common import (EMA, derive, descend, one_line_errors, parse, provenance, rank, require_positive, reseed, setup,
-                    shutdown)
-from parallel import compile_blocks
+from common import (EMA, data_rank, derive, descend, one_line_errors, parse, provenance, require_positive, reseed,
+                    setup, shutdown)
+from parallel import Layout, checkpoint_blocks, compile_blocks
 from control import NO_ACTION, Condition, Control, attach
 from data import WorldStream
 from encode import codec
@@ -43,7 +43,8 @@ class Config:
     steps: int = 2000               # optimizer steps
     seed: int = 0                   # of everything random
     save_every: int = 1000          # steps between checkpoints
-    batch: int = 16                 # clips per step and process
+    batch: int = 16                 # clips per process and backward pass
+    accumulate: int = 1             # backward passes per step: as if the batch were so many times larger
     frames: int = 12                # latent frames of the longest clips: the window
     grown: float = 0.6              # share of steps with those; the others have fewer chunks, as a rollout begins
     history: str = ""               # compression: none, window, framepack, packforcing; empty: that of --init, if any
@@ -64,11 +65,16 @@ class Config:
     pool: int = 256                 # trajectories in memory
     refresh: int = 500              # steps until they are replaced
     log_every: int = 20             # steps between log lines
+    shard: str = "ddp"              # weights: none, one process; ddp, a copy in each; fsdp, rows of one copy in each
+    replicas: int = 1               # with --shard fsdp: so many sharded copies, such as one per machine
+    sequence: int = 1               # neighbouring processes that share each clip
+    recompute: bool = False         # recompute activations in the backward pass: less memory
     compile: bool = False           # torch.compile the transformer blocks
     cuda_graphs: bool = False       # with --compile on a GPU: launch the network as CUDA graphs
 
     def __post_init__(self):
-        require_positive(self, "steps", "save_every", "batch", "frames", "lr", "pool", "refresh", "log_every", "clip")
+        require_positive(self, "steps", "save_every", "batch", "accumulate", "frames", "lr", "pool", "refresh",
+                         "log_every", "clip")
         if self.backbone not in PRESETS:
             raise ValueError(f"unknown backbone '{self.backbone}'; choose {', '.join(PRESETS)}")
         if self.train not in ("all", "control") or (self.train == "control" and not self.init) or (
@@ -81,8 +87,10 @@ class Config:
                 raise ValueError(f"--{name} is a share, 0..1, got {getattr(self, name)}")
         if self.drop + self.drop_text + self.drop_actions > 1 or self.ema == 1 or self.warmup < 0:
             raise ValueError("the --drop shares are at most 1 together, --ema is below 1, --warmup is not negative")
-        if self.cuda_graphs and (self.history or not (self.compile and torch.cuda.is_available())):
-            raise ValueError("--cuda_graphs needs --compile and a GPU, and takes no --history")
+        if self.cuda_graphs and (self.history or self.shard == "fsdp" or self.sequence > 1
+                                 or not (self.compile and torch.cuda.is_available())):
+            raise ValueError("--cuda_graphs needs --compile and a GPU, and a network that no other process has part in; "
+                             "it takes no --history")
         if self.past < 0 or (self.past and not self.history):
             raise ValueError(f"--past must not be negative and is for --history, got {self.past}")
         if self.frames < 2 * PRESETS[self.backbone].chunk:
@@ -169,18 +177,20 @@ def adamw(model, cfg, device):
     return torch.optim.AdamW(groups, cfg.lr, (0.9, 0.99), weight_decay=cfg.decay, fused=device.type == "cuda")
 
 
-def initial_model(cfg, coder, device):
+def initial_model(cfg, coder, layout, device):
     """The network of --init, or a random one, with the control of --control: what is new begins without effect."""
+    def prepare(model):
+        attach(model, cfg.control, coder.sentences() if "text" in cfg.control else None, device)
+        for name, p in model.named_parameters():
+            p.requires_grad_(cfg.train == "all" or name.startswith(("control.", "compress.")))
+        return layout.place(checkpoint_blocks(model) if cfg.recompute else model)
+
     reseed(cfg.seed, "initialisation")
     if cfg.init:
-        model = load(cfg.backbone, cfg.init, device, control=cfg.control, partial=cfg.init_partial)
+        model = load(cfg.backbone, cfg.init, device, control=cfg.control, partial=cfg.init_partial, prepare=prepare)
     else:
-        model = build(cfg.backbone, None).to(device)
-    attach(model, cfg.control, coder.sentences() if "text" in cfg.control else None)
-    configure(model, cfg)
-    for name, p in model.named_parameters():
-        p.requires_grad_(cfg.train == "all" or name.startswith(("control.", "compress.")))
-    return model
+        model = prepare(build(cfg.backbone, None).to(device))
+    return configure(model, cfg)
 
 
 def save_teacher(model, ema, cfg, step):
@@ -196,9 +206,10 @@ def save_teacher(model, ema, cfg, step):
 def prepare(cfg):
     """The networks, the data and the run folder; bad input ends here with one line."""
     device = setup()
-    coder = codec(cfg.backbone, device)
-    model = initial_model(cfg, coder, device)
-    stream = WorldStream(coder, cfg.seed, cfg.pool, max(48, cfg.frames + cfg.past + 1), cfg.refresh)
+    layout, coder = Layout(device, cfg.shard, cfg.replicas, cfg.sequence), codec(cfg.backbone, device)
+    model = initial_model(cfg, coder, layout, device)
+    length = max(48, cfg.frames + cfg.past + 1)
+    stream = WorldStream(coder, cfg.seed, cfg.pool, length, cfg.refresh * cfg.accumulate)
     return device, model, coder, stream, Run(cfg.out, cfg)
 
 
@@ -212,16 +223,18 @@ def main(cfg):
     velocity = fast_velocity(model, cfg) if cfg.compile else velocity_of(model)
 
     for step in run.progress(start, cfg.steps, "stage 1"):
-        reseed(cfg.seed, "stage 1", rank(), step)
+        reseed(cfg.seed, "stage 1", data_rank(), step)
         shared = random.Random(derive(cfg.seed, "stage 1, all ranks", step))
-        before = draw_past(shared, cfg.past, spec.chunk, cfg.i2v)
+        before, loss = draw_past(shared, cfg.past, spec.chunk, cfg.i2v), 0.0
         clean = clean_frames(model, before)
-        batch = stream.batch(step, cfg.batch, before + draw_frames(cfg, spec.chunk, shared, clean))
-        start, past = behind(model, batch.x0, before, batch.condition.control)
-        condition = drop(batch.condition.frames(start, batch.x0.shape[2]), empty, cfg)
-
-        loss = stage1_loss(velocity, batch.x0[:, :, start:], replace(condition, past=past), cfg, spec, clean)
-        loss.backward()
+        frames = before + draw_frames(cfg, spec.chunk, shared, clean)
+        for i in range(cfg.accumulate):
+            batch = stream.batch(step * cfg.accumulate + i, cfg.batch, frames)
+            begin, past = behind(model, batch.x0, before, batch.condition.control)
+            condition = replace(drop(batch.condition.frames(begin, frames), empty, cfg), past=past)
+            part = stage1_loss(velocity, batch.x0[:, :, begin:], condition, cfg, spec, clean) / cfg.accumulate
+            part.backward()
+            loss += part.detach()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg)
         norm = descend(optimizer, cfg.clip, "the network")
@@ -230,8 +243,7 @@ def main(cfg):
         if step % cfg.log_every == 0 or step + 1 == cfg.steps:
             run.log(step, loss=loss, norm=norm, lr=group["lr"])
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
-            if rank() == 0:                     # before the checkpoint: a complete one never lacks its weights
-                save_teacher(model, ema, cfg, step + 1)
+            save_teacher(model, ema, cfg, step + 1)     # before the checkpoint: a complete one never lacks its weights
             save_checkpoint(cfg.out, step + 1, *state)
     shutdown()
 

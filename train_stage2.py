@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from checkpoint import Run, load_checkpoint, save_checkpoint
-from common import (EMA, derive, descend, fail, mean_over_ranks, one_line_errors, parse, provenance, rank,
+from common import (EMA, data_rank, derive, descend, fail, mean_over_ranks, one_line_errors, parse, provenance, rank,
                     require_positive, reseed, setup, shutdown)
-from parallel import checkpoint_blocks, compile_blocks
+from parallel import Layout, checkpoint_blocks, compile_blocks
 from data import RandomStream, WorldStream
 from dmd import Clip, Discriminator, Head, Networks, Recipe, critic_gradients, student_gradients
 from encode import codec
@@ -78,6 +78,9 @@ class Config:
     preview: int = 16               # held-out sequences of validations and of the table at the end; 0: none
     health: float = 4.0             # band around real data, in standard deviations over batches; 0: no watch
     patience: int = 20              # updates in a row outside of it until the run saves and stops
+    shard: str = "ddp"              # weights: none, one process; ddp, a copy in each; fsdp, rows of one copy in each
+    replicas: int = 1               # with --shard fsdp: so many sharded copies, such as one per machine
+    sequence: int = 1               # neighbouring processes that share each clip
     recompute: bool = False         # recompute activations in the backward pass: less memory
     compile: bool = False           # torch.compile the transformer blocks
 
@@ -104,15 +107,15 @@ class Config:
             raise ValueError(f"--frames must hold two chunks of {PRESETS[self.backbone].chunk}, got {self.frames}")
 
 
-def networks(cfg, device):
+def networks(cfg, layout, device):
     """The callables; teacher, student and critic as backbones; the modules that learn; their values -> full weights.
 
     All start from one checkpoint. What learns has fp32 weights; on a GPU the frozen teacher is bf16.
     """
     def network(dtype):
         reseed(cfg.seed, "initialisation")
-        return configure(build_on(device, dtype, cfg.backbone) if cfg.teacher == "random" else
-                         load(cfg.backbone, cfg.teacher, device, dtype), cfg)
+        return configure(layout.place(build_on(device, dtype, cfg.backbone)) if cfg.teacher == "random" else
+                         load(cfg.backbone, cfg.teacher, device, dtype, prepare=layout.place), cfg)
 
     teacher = network(torch.bfloat16 if device.type == "cuda" else torch.float32).requires_grad_(False).eval()
     if teacher.control is None:
@@ -157,7 +160,8 @@ def mean_of(dicts):
 def main(cfg):
     with one_line_errors():                     # bad input ends here, with one line and before anything is written
         device, spec = setup(), PRESETS[cfg.backbone]
-        nets, models, learning, weights = networks(cfg, device)
+        layout = Layout(device, cfg.shard, cfg.replicas, cfg.sequence)
+        nets, models, learning, weights = networks(cfg, layout, device)
         coder, stream = data(cfg, spec, device)
         run = Run(cfg.out, cfg)
         rates = {"student": cfg.lr, "critic": cfg.critic_lr, "head": cfg.head_lr}
@@ -173,7 +177,7 @@ def main(cfg):
     shown, _, sampler = samplers_of(models[0], [models[1]], recipe.guidance, few=cfg.denoise)
 
     for step in run.progress(start, last, "stage 2"):
-        reseed(cfg.seed, "stage 2", rank(), step)
+        reseed(cfg.seed, "stage 2", data_rank(), step)
         shared = random.Random(derive(cfg.seed, "stage 2, all ranks", step))    # what every rank must draw alike
         updates, learns = max(0, step + 1 - cfg.critic_warmup), step >= cfg.critic_warmup
         most = 1 + max(0, updates - 1) // cfg.grow if cfg.grow else None        # curriculum: chunks of a rollout
@@ -218,7 +222,7 @@ def main(cfg):
         if learns and cfg.validate and updates % cfg.validate == 0:
             with averaged(learning["student"], ema), nets.using("student"):
                 metrics |= figures(sampler, coder, cfg.preview)
-                if rank() == 0:
+                if rank() == 0 or layout.together:
                     side_by_side(run.folder / f"validation-{updates:06d}.mp4", coder, shown, sampler, nets)
             better = health.improves(metrics["val_frechet"])
         if device.type == "cuda":
@@ -231,31 +235,31 @@ def main(cfg):
             run.bar.write(f"warning, update {updates}: {'; '.join(health.complaints())}")
         due = cfg.teacher != "random" and ((step + 1) % cfg.save_every == 0 or step + 1 == last or sick)
         for folder in [run.folder] * bool(due) + [best] * better:
-            if rank() == 0:                     # before the checkpoint: a complete one never lacks its weights
-                folder.mkdir(exist_ok=True)
-                notes = {"stage": 2, "updates": updates, "seed": cfg.seed, **provenance()}
-                save(models[1], folder / "student.safetensors", weights=weights(ema.average), **notes)
-                if cfg.tune == "lora":
-                    save(models[1], folder / "adapter.safetensors", weights=ema.average, alpha=cfg.rank, **notes)
-                if sick:
-                    curves(run.folder)
+            folder.mkdir(exist_ok=True)         # before the checkpoint: a complete one never lacks its weights
+            notes = {"stage": 2, "updates": updates, "seed": cfg.seed, **provenance()}
+            save(models[1], folder / "student.safetensors", weights=weights(ema.average), **notes)
+            if cfg.tune == "lora":
+                save(models[1], folder / "adapter.safetensors", weights=ema.average, alpha=cfg.rank, **notes)
+            if sick and rank() == 0:
+                curves(run.folder)
             save_checkpoint(folder, step + 1, *state)
         if sick:
             fail(f"for {cfg.patience} updates the student has been unlike real data: {'; '.join(health.complaints())}. "
                  f"All is saved in {run.folder}; lower --lr or change the terms, or go on with --health 0")
     if rank() == 0:
-        finish(cfg, run, coder, models[0], recipe.guidance, nets)
+        curves(run.folder)
+    if cfg.preview and (rank() == 0 or layout.together):
+        finish(cfg, run, coder, models[0], recipe.guidance, nets, layout)
     shutdown()
 
 
-def finish(cfg, run, coder, teacher, guidance, nets):
-    """Curves, the table and a side-by-side video, made from the weights that were saved."""
-    curves(run.folder)
-    if cfg.preview:
-        student = load(cfg.backbone, run.folder / "student.safetensors", coder.device)
-        rows = samplers_of(teacher, [student], guidance, few=cfg.denoise)
-        final_table(run.folder, coder, rows, cfg.preview, not cfg.teacher and guidance == teacher.spec.guidance)
-        side_by_side(run.folder / "compare.mp4", coder, rows[0], rows[2], nets)
+def finish(cfg, run, coder, teacher, guidance, nets, layout):
+    """The table and a side-by-side video, made from the weights that were saved."""
+    student = load(cfg.backbone, run.folder / "student.safetensors", coder.device, prepare=layout.place)
+    rows = samplers_of(teacher, [student], guidance, few=cfg.denoise)
+    final_table(run.folder, coder, rows, cfg.preview, not cfg.teacher and guidance == teacher.spec.guidance)
+    side_by_side(run.folder / "compare.mp4", coder, rows[0], rows[2], nets)
+    if rank() == 0:
         print(f"\nwrote {run.folder}: student.safetensors, compare.mp4, preview.json, curves.png, log.jsonl")
 
 

@@ -13,6 +13,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from common import on_host, rank
+
 ASSETS = Path(__file__).parent / "assets"
 
 
@@ -98,10 +100,15 @@ def read(stored):
 
 
 def save(model, path, dtype=torch.bfloat16, weights=None, **notes):
-    """Write `weights` (default: the model's) as one safetensors file; `notes` go into its header."""
+    """Write `weights` (default: the model's) as one safetensors file; `notes` go into its header.
+
+    Every rank calls it, to gather what is sharded, one tensor at a time; rank 0 writes.
+    """
     weights = weights or model.state_dict()
     path, partial = Path(path), Path(f"{path}.partial")
     notes |= {} if model.compress is None else {"history": model.compress.settings}
     header = {"backbone": model.spec.name, **{k: str(v) for k, v in notes.items()}}
-    save_file({k: v.detach().to("cpu", dtype).contiguous() for k, v in weights.items()}, partial, metadata=header)
-    partial.rename(path)
+    weights = {k: on_host(v, dtype).contiguous() for k, v in weights.items()}
+    if rank() == 0:
+        save_file(weights, partial, metadata=header)
+        partial.rename(path)

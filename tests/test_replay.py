@@ -7,7 +7,7 @@ import torch
 
 from control import Condition, Control
 from model import build
-from parallel import flatten, replayed
+from graphs import flatten, replayed
 from rollout import velocity_of
 
 

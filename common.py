@@ -143,6 +143,14 @@ def mean_over_ranks(metrics):
     return dict(zip(keys, values.tolist()))
 
 
+def gather(value):
+    """The small picklable `value` of every rank, in a list, on every rank."""
+    values = [value] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
 def provenance():
     """Commit and versions, for everything that is written down."""
     commit = "unknown"
@@ -156,10 +164,10 @@ def provenance():
 
 # ---- Optimisation ----------------------------------------------------------------------------------------------------
 
-def descend(optimizer, clip, step_name):
+def descend(optimizer, clip):
     """Average gradients over ranks, clip their global norm, step, clear. Returns the norm before clipping.
 
-    A norm that is not finite raises FloatingPointError on every rank and changes no weight.
+    A gradient that is not finite makes the norm so on every rank, and no rank changes a weight: look at the norm.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if world_size() > 1:
@@ -167,11 +175,15 @@ def descend(optimizer, clip, step_name):
             dist.all_reduce(p.grad)
             p.grad /= world_size()
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
-    if not torch.isfinite(norm):
-        raise FloatingPointError(f"the gradient norm of {step_name} is {float(norm)}; no weight was changed")
-    optimizer.step()
+    if torch.isfinite(norm):
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
+
+
+def alarm(loss):
+    """What to start the backward pass of a scalar loss with: 1, or NaN if it is not finite, so that `descend` sees."""
+    return 1 + 0 * loss.detach()
 
 
 class EMA:

@@ -15,9 +15,10 @@ from control import ACTIONS, Condition, Control, relative
 
 @dataclass(frozen=True)
 class Batch:
-    """Clips x0 [B, C, T, H, W] with their condition (text, actions and cameras of the same T frames)."""
+    """Clips x0 [B, C, T, H, W] with their condition: text, actions and cameras of the same T frames."""
     x0: torch.Tensor
     condition: Condition
+    ids: list                       # [B] of str, by which each clip can be found again
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,9 @@ class WorldStream:
         text = {key: value[self.maps[trip]] for key, value in self.captions.items()}
         at = trip[:, None], index
         control = Control(self.labels[kind[:, None], *at], relative(self.control.c2w[at]), self.control.K[at])
-        return Batch(x0.contiguous(), Condition(text, control))
+        ids = [f"{self.split} pool {self.loaded} rank {rank()} trajectory {i} frames {a}..{a + frames - 1}"
+               for i, a in zip(trip.tolist(), start.tolist())]
+        return Batch(x0.contiguous(), Condition(text, control), ids)
 
 
 class RandomStream:
@@ -104,4 +107,5 @@ class RandomStream:
         H, W = (n // s for n, s in zip(spec.size[1:], spec.stride[1:]))
         x0 = torch.randn(size, spec.channels, frames, H, W, generator=g).to(self.device)
         actions = torch.randint(ACTIONS, (size, frames), generator=g).to(self.device)
-        return Batch(x0, Condition(self.text([""] * size), Control(actions)))
+        ids = [f"random rank {rank()} step {step} clip {i}" for i in range(size)]
+        return Batch(x0, Condition(self.text([""] * size), Control(actions)), ids)

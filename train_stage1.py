@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from checkpoint import Run, load_checkpoint, save_checkpoint
-from common import (EMA, derive, descend, one_line_errors, parse, provenance, rank, require_positive, reseed, setup,
-                    shutdown)
+from common import EMA, alarm, derive, descend, one_line_errors, parse, rank, require_positive, reseed, setup, shutdown
+from faults import Finite, together
 from parallel import compile_blocks
 from control import NO_ACTION, Condition, Control, attach
 from data import WorldStream
@@ -42,6 +42,7 @@ class Config:
     steps: int = 2000               # optimizer steps
     seed: int = 0                   # of everything random
     save_every: int = 1000          # steps between checkpoints
+    keep: int = 2                   # checkpoints that stay: the newest and those before it
     batch: int = 16                 # clips per step and process
     frames: int = 12                # latent frames of the longest clips: the window
     grown: float = 0.6              # share of steps with those; the others have fewer chunks, as a rollout begins
@@ -62,7 +63,8 @@ class Config:
     cuda_graphs: bool = False       # with --compile on a GPU: launch the network as CUDA graphs
 
     def __post_init__(self):
-        require_positive(self, "steps", "save_every", "batch", "frames", "lr", "pool", "refresh", "log_every", "clip")
+        require_positive(self, "steps", "save_every", "keep", "batch", "frames", "lr", "pool", "refresh", "log_every",
+                         "clip")
         if self.backbone not in PRESETS:
             raise ValueError(f"unknown backbone '{self.backbone}'; choose {', '.join(PRESETS)}")
         if self.train not in ("all", "control") or (self.train == "control" and not self.init) or (
@@ -172,9 +174,9 @@ def initial_model(cfg, coder, device):
     return model
 
 
-def save_teacher(model, ema, cfg, step):
+def save_teacher(model, ema, cfg, run, step):
     """teacher.safetensors: the averaged weights, all or (--save_trained) those of the control on top of --init."""
-    notes = {"stage": 1, "steps": step, "seed": cfg.seed, "control": cfg.control, **provenance()}
+    notes = run.header(steps=step, control=cfg.control)
     weights = ema.average
     if cfg.save_trained:
         weights = {key: value for key, value in weights.items() if key.startswith("control.")}
@@ -188,14 +190,16 @@ def prepare(cfg):
     coder = codec(cfg.backbone, device)
     model = initial_model(cfg, coder, device)
     stream = WorldStream(coder, cfg.seed, cfg.pool, max(48, cfg.frames), cfg.refresh)
-    return device, model, coder, stream, Run(cfg.out, cfg)
+    return device, model, coder, stream, Run(cfg.out, cfg, 1, cfg.init)
 
 
+@together()
 def main(cfg):
     with one_line_errors():
         device, model, coder, stream, run = prepare(cfg)
         optimizer, ema = adamw(model, cfg, device), EMA(model, cfg.ema)
-        state = {"model": model}, {"model": optimizer}, {"model": ema}
+        finite = Finite(cfg.out, ["model"])
+        state = {"model": model, "finite": finite}, {"model": optimizer}, {"model": ema}
         start = load_checkpoint(cfg.out, cfg.steps, *state)
     spec, empty = model.spec, coder.text([""])
     velocity = fast_velocity(model, cfg) if cfg.compile else velocity_of(model)
@@ -206,18 +210,20 @@ def main(cfg):
         batch = stream.batch(step, cfg.batch, draw_frames(cfg, spec.chunk, shared))
 
         loss = stage1_loss(velocity, batch.x0, drop(batch.condition, empty, cfg), cfg, spec)
-        loss.backward()
+        loss.backward(alarm(loss))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg)
-        norm = descend(optimizer, cfg.clip, "the network")
-        ema.update(model, min(cfg.ema, (1 + step) / (10 + step)))          # early on, forget the random start sooner
+        norm = descend(optimizer, cfg.clip)
+        if finite.check(step, "model", norm, [batch], loss=loss):
+            ema.update(model, min(cfg.ema, (1 + step) / (10 + step)))      # early on, forget the random start sooner
 
         if step % cfg.log_every == 0 or step + 1 == cfg.steps:
-            run.log(step, loss=loss, norm=norm, lr=group["lr"])
-        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
+            run.log(step, loss=loss, norm=norm, lr=group["lr"], skipped=finite.total)
+        if run.due(step + 1, cfg.steps, cfg.save_every):
             if rank() == 0:                     # before the checkpoint: a complete one never lacks its weights
-                save_teacher(model, ema, cfg, step + 1)
-            save_checkpoint(cfg.out, step + 1, *state)
+                save_teacher(model, ema, cfg, run, step + 1)
+            save_checkpoint(cfg.out, step + 1, *state, keep=cfg.keep)
+            run.leave_if_asked(step + 1)
     shutdown()
 
 

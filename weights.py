@@ -3,6 +3,7 @@
 Reading goes through the headers first and then tensor by tensor from the mapped file: nothing is held twice.
 """
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -54,6 +55,15 @@ def weight_files(source, spec):
     return files
 
 
+def fingerprint(source, spec):
+    """sha256 of a checkpoint: of its file, or of the hashes of its files in their order."""
+    hashes = []
+    for file in weight_files(source, spec):
+        with open(file, "rb") as stream:
+            hashes.append(hashlib.file_digest(stream, "sha256").hexdigest())
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
 def headers(files, spec, official):
     """{our name: (file, key in it, shape)} from the headers alone; `official` gives our name of a key, None if unused.
 
@@ -93,5 +103,9 @@ def save(model, path, dtype=torch.bfloat16, weights=None, **notes):
     weights = weights or model.state_dict()
     path, partial = Path(path), Path(f"{path}.partial")
     header = {"backbone": model.spec.name, **{k: str(v) for k, v in notes.items()}}
-    save_file({k: v.detach().to("cpu", dtype).contiguous() for k, v in weights.items()}, partial, metadata=header)
+    try:
+        save_file({k: v.detach().to("cpu", dtype).contiguous() for k, v in weights.items()}, partial, metadata=header)
+    except SafetensorError as error:                        # a full disk, a folder that has gone
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written: {error}") from None
     partial.rename(path)

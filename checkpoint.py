@@ -17,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 import torch.distributed.checkpoint.state_dict as dsd
 from tqdm import tqdm
 
-from common import barrier, gather, mean_over_ranks, provenance, rank, world_size
+from common import barrier, gather, mean_over_ranks, provenance, rank, shutdown, world_size
 from control import ACTION_SPEC
 from faults import SAVE, SIGNALS
 from model import PRESETS
@@ -141,6 +141,7 @@ class Run:
             if rank() == 0:
                 self.bar.close()
                 print(f"\nsaved {self.folder} after step {done} and left, as a signal asked; the same command goes on")
+            shutdown()
             raise SystemExit(code)
 
 
@@ -171,7 +172,7 @@ def save_checkpoint(folder, step, modules, optimizers, averages, keep=1):
             _sweep(folder)
             partial.mkdir()                             # not its parents: a run folder that has gone stays gone
         barrier()
-        dcp.save(_state(modules, optimizers, averages), checkpoint_id=partial)          # each file is synced
+        dcp.save(_state(modules, optimizers, averages), checkpoint_id=partial, no_dist=world_size() == 1)    # and sync
         names = [f"__{rank()}_*"] + [".metadata"] * (rank() == 0)
         files = [file for name in names for file in partial.glob(name)]
         files = gather({file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files})
@@ -189,8 +190,9 @@ def save_checkpoint(folder, step, modules, optimizers, averages, keep=1):
     except (dcp.api.CheckpointException, OSError) as error:
         if rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(f"{final} could not be written ({_reason(error)}); the checkpoints before it are as they were") \
-            from None
+        if isinstance(error, dcp.api.CheckpointException):                              # all ranks have it, and wait
+            barrier()
+        raise OSError(f"{final} could not be written ({_reason(error)}); those before it are as they were") from None
 
 
 def _sweep(folder):
@@ -275,7 +277,7 @@ def load_checkpoint(folder, stop, modules, optimizers, averages):
         raise ValueError(f"{path} is already beyond step {stop}; raise --steps or choose another --out")
     state = _state(modules, optimizers, averages)
     try:
-        dcp.load(state, checkpoint_id=path)
+        dcp.load(state, checkpoint_id=path, no_dist=world_size() == 1)
     except (dcp.api.CheckpointException, RuntimeError) as error:
         raise ValueError(f"{path} does not fit these networks ({_reason(error)}); choose another --out") from None
     for name, module in modules.items():

@@ -37,7 +37,7 @@ def read_part(path, *where):
     names = {flat: place[-1] for flat, place in metadata.planner_data.items() if place[:-1] == where}
     stored = {flat: metadata.state_dict_metadata[flat] for flat in names}
     state = {flat: torch.empty(facts.size, dtype=facts.properties.dtype) for flat, facts in stored.items()}
-    dcp.load(state, storage_reader=reader)
+    dcp.load(state, storage_reader=reader, no_dist=True)
     return {names[flat]: tensor for flat, tensor in state.items()}
 
 

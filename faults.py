@@ -37,10 +37,10 @@ class Signals:
 
     def install(self):
         """From here on there is something to save; before, and after `restore`, signals do what they always do."""
-        self.noted = 0
-        self.usual = {number: signal.signal(number, self.note) for number in ASKS}
         if world_size() > 1:                        # a group of the processors: asking does not wait for the GPU
             self.group = dist.new_group(backend="gloo")
+        self.noted = 0
+        self.usual = {number: signal.signal(number, self.note) for number in ASKS}
 
     def restore(self):
         for number, handler in self.usual.items():

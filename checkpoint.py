@@ -104,11 +104,12 @@ class Run:
         return header(self.facts, **notes)
 
     def progress(self, start, stop, what):
-        """Iterate over the steps left, with a progress bar on rank 0; from now on signals ask for a checkpoint."""
+        """Iterate over the steps left, with a progress bar on rank 0; meanwhile signals ask for a checkpoint."""
         self.bar = tqdm(range(start, stop), what, stop, initial=start, disable=rank() > 0, dynamic_ncols=True)
         self.trim(start)
         SIGNALS.install()
-        return self.bar
+        yield from self.bar
+        SIGNALS.restore()
 
     def trim(self, start):
         """Forget log lines of steps at or after `start`: they will be made again."""

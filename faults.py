@@ -114,17 +114,21 @@ def together():
 
 def _leave(me, error):
     """Say what went wrong, here and to the other ranks, and end this process without waiting for anything."""
-    mine = f"{me}: {error if isinstance(error, SystemExit) else f'{type(error).__name__}: {error}'}"
-    with contextlib.suppress(RuntimeError, OSError):
+    mine = first = f"{me}: {error if isinstance(error, SystemExit) else f'{type(error).__name__}: {error}'}"
+    store = None
+    with contextlib.suppress(RuntimeError, OSError):        # without a store it is still said here
         store = _store(timeout=5)
-        first = store.get(_key()).decode() if store.check([_key()]) else mine
-        if first != mine:                           # a broken connection, most likely: what broke it says more
-            os.write(2, f"{me}: stopped, because of {first}\n".encode())
-            os._exit(1)
-        os.write(2, f"{mine}\n".encode())           # before the others leave: torchrun then ends this one too
+        if store.check([_key()]):
+            first = store.get(_key()).decode()
+    sys.stdout.flush()
+    if first == mine:
+        os.write(2, f"{mine}\n".encode())
         if not isinstance(error, SystemExit):
             traceback.print_exception(error)
-        store.compare_set(_key(), "", mine)
+        if store:                                   # last: once the others leave, torchrun ends this one too
+            store.compare_set(_key(), "", mine)
+    else:                                           # most likely a broken connection: what broke it says more
+        os.write(2, f"{me}: stopped, because of {first}\n".encode())
     os._exit(1)
 
 

@@ -319,6 +319,25 @@ def test_kill_9_at_each_point_of_a_save_leaves_a_complete_checkpoint(tmp_path, k
     assert n > 20 and found == sorted(found) and set(found) == {keep, 3}                # first the old, then the new
 
 
+def test_all_is_on_the_disk_before_a_checkpoint_has_its_name(tmp_path, monkeypatch):
+    events, fsync, rename = [], os.fsync, Path.rename
+
+    def noted(path, target):
+        events.append(("name", target.name))
+        return rename(path, target)
+
+    def synced(handle):
+        events.append(Path(os.readlink(f"/proc/self/fd/{handle}")))
+        fsync(handle)
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "rename", noted)
+    save_checkpoint(tmp_path, 1, *state_of(1))
+    named = events.index(("name", "checkpoint-00000001"))
+    before = {path.name for path in events[:named] if isinstance(path, Path)}
+    assert {"__0_0.distcp", ".metadata.tmp", "manifest.json.partial", "checkpoint-00000001.partial"} <= before
+    assert tmp_path in events[named:]
+
+
 def flip(path):
     raw = bytearray(path.read_bytes())
     raw[len(raw) // 2] ^= 1
@@ -592,6 +611,8 @@ def test_nan_in_stage_2_spares_all_networks_and_the_judgement(small, monkeypatch
     assert [line["skipped"] for line in logged(small / "run")] == [0, 0, 3, 3]          # student, critic, head
     lines = [json.loads(line) for line in (small / "run" / "nonfinite-0.jsonl").read_text().splitlines()]
     assert [line["network"] for line in lines] == ["student", "critic", "head"]
+    train(two, small / "run", *flags, "--steps", 5)
+    assert logged(small / "run")[-1]["skipped"] == 3                                    # a resumed run knows of them
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -669,12 +690,16 @@ def test_sigint_twice_leaves_at_once(small, monkeypatch):
     assert code == -signal.SIGINT and not checkpoints(small / "run")
 
 
-def test_signals_are_the_usual_ones_outside_of_the_loop(small):
-    usual = [signal.getsignal(number) for number in faults.ASKS]
-    train(one, small / "run", "--steps", 1)
-    with pytest.raises(SystemExit):
-        train(one, small / "run", "--steps", 1, "--seed", 3)
-    assert [signal.getsignal(number) for number in faults.ASKS] == usual
+def test_signals_are_the_usual_ones_outside_of_the_loop(small, monkeypatch):
+    def handlers():
+        return [signal.getsignal(number) for number in faults.ASKS]
+    usual, seen = handlers(), []
+    with interrupted(monkeypatch, one, "stage1_loss", 1, lambda: seen.append(handlers())):
+        with interrupted(monkeypatch, one, "shutdown", 1, lambda: seen.append(handlers())):     # what follows the loop
+            train(one, small / "run", "--steps", 1)
+        with interrupted(monkeypatch, one, "save_teacher", 1, lambda: 1 / 0), pytest.raises(ZeroDivisionError):
+            train(one, small / "run", "--steps", 2)
+    assert seen[0] != usual and seen[1] == usual == handlers()
 
 
 def cut(small, ranks, rng):

@@ -1,10 +1,16 @@
-"""A run folder: settings, log and checkpoints that exist completely or not at all."""
+"""A run folder: settings, log and checkpoints that exist completely or not at all.
+
+A checkpoint holds what a run needs to go on with the same bits: all that learns, EMA, optimizers, counters, by
+torch.distributed.checkpoint. Learning rates, random numbers and the data's position follow from (seed, rank, step).
+"""
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
 import time
+from fcntl import LOCK_EX, LOCK_NB, lockf
 from pathlib import Path
 
 import torch
@@ -12,54 +18,106 @@ import torch.distributed.checkpoint as dcp
 import torch.distributed.checkpoint.state_dict as dsd
 from tqdm import tqdm
 
-from common import barrier, mean_over_ranks, provenance, rank, world_size
+from common import barrier, gather, mean_over_ranks, provenance, rank, shutdown, world_size
+from control import ACTION_SPEC
+from faults import SAVE, SIGNALS
+from model import PRESETS
+from weights import fingerprint
 
-HARMLESS = {"out", "steps", "save_every", "log_every", "preview", "compile", "cuda_graphs", "recompute", "validate",
-            "health", "patience"}                                                       # may change on resuming
+# May change on resuming: these change what is watched and written, or how the same numbers are computed.
+HARMLESS = {"out", "steps", "save_every", "keep", "log_every", "preview", "compile", "cuda_graphs", "recompute",
+            "validate", "health", "patience", "shard", "replicas"}
 
+
+def sync(path):
+    """Have the system write a file, or a folder's list of names, to the disk itself."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def write(path, text):
+    """Replace a small file as a whole: whenever the machine stops, the old text is there or the new."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text)
+    sync(partial)
+    partial.rename(path)
+    sync(path.parent)
+
+
+# ---- The folder ------------------------------------------------------------------------------------------------------
 
 class Run:
-    """A run folder: config.json, log.jsonl (one line per logged step) and checkpoints; rank 0 writes."""
+    """A run folder: config.json, log.jsonl (one line per logged step) and checkpoints; rank 0 writes.
 
-    def __init__(self, out, config):
-        self.folder, self.bar, self.begin = Path(out), None, time.time()
-        self.refuse_other_settings(dataclasses.asdict(config))
+    `stage` and `began_from`, the weights that the networks began with ("": random), are noted in what is written.
+    ValueError when the folder has a checkpoint of other settings, OSError when it cannot be written or is in use.
+    """
+
+    def __init__(self, out, config, stage, began_from=""):
+        self.folder, self.bar, self.begin, self.asked = Path(out), None, time.time(), 0
+        self.facts = {"stage": stage, "settings": dataclasses.asdict(config), **provenance()}
+        if rank() == 0:
+            self.facts["parent"] = fingerprint(began_from, PRESETS[config.backbone]) if began_from else "random"
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self.lock()
+                self.refuse_other_settings()
+                write(self.folder / "config.json", json.dumps(self.facts, indent=1) + "\n")
+            except OSError as error:
+                reason = error.strerror or error
+                raise OSError(f"cannot write to --out {out}: {reason}; choose another folder") from None
+        barrier()
+
+    def lock(self):
+        """One process at a time works in a folder. The lock is the system's and goes with the process that has it."""
+        handle = os.open(self.folder / "run.lock", os.O_RDWR | os.O_CREAT)          # kept open: closing it unlocks
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if rank() == 0:
-                partial = self.folder / "config.json.partial"
-                settings = {"settings": dataclasses.asdict(config), **provenance()}
-                partial.write_text(json.dumps(settings, indent=1) + "\n")
-                partial.rename(self.folder / "config.json")
-        except OSError as error:
-            raise OSError(f"cannot write to --out {out}: {error.strerror}; choose another folder") from None
+            lockf(handle, LOCK_EX | LOCK_NB)
+        except OSError:
+            raise OSError(f"it is in use by {os.read(handle, 200).decode() or 'another process'}") from None
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0)
 
-    def refuse_other_settings(self, settings):
-        """A folder with a checkpoint continues with the settings it began with, or not at all."""
+    def refuse_other_settings(self):
+        """A folder with a checkpoint goes on with its settings: a change that matters is refused, others are noted.
+
+        The number of processes is no setting: with another, as many clips per update must come from the others.
+        """
         path = self.folder / "config.json"
         if not path.exists() or not list(self.folder.glob("checkpoint-????????")):
             return
-        began = json.loads(path.read_text())
-        old = began["settings"]
-        changed = [f"--{k} {old.get(k)} -> {v}" for k, v in settings.items() if k not in HARMLESS and old.get(k) != v]
-        if began["processes"] != world_size():
-            changed.append(f"processes {began['processes']} -> {world_size()}")
+        old, new = json.loads(path.read_text()), self.facts
+        changed = {f"--{key}": (old["settings"].get(key), value) for key, value in new["settings"].items()}
+        changed |= {key: (old.get(key), new[key]) for key in ("processes", "parent", "commit", "torch", "device")}
+        changed = {key: f"{key} {was} -> {now}" for key, (was, now) in changed.items() if was != now}
+        harmless = {f"--{key}" for key in HARMLESS} | {"commit", "torch", "device"}
+        if clips_per_update(old) == clips_per_update(new):
+            harmless |= {"--batch", "--accumulate", "--sequence", "processes"}
+        if matters := [text for key, text in changed.items() if key not in harmless]:
+            raise ValueError(f"{self.folder} holds a run with other settings ({', '.join(matters)}); choose another "
+                             f"--out{', or keep the clips per update' * ('processes' in changed)}")
         if changed:
-            raise ValueError(f"{self.folder} holds a run with other settings ({', '.join(changed)}); "
-                             "choose another --out")
+            print(f"{self.folder} goes on with {', '.join(changed.values())}")
+
+    def header(self, **notes):
+        """What a file of weights says of itself."""
+        return header(self.facts, **notes)
 
     def progress(self, start, stop, what):
-        """Iterate over the steps left, with a progress bar on rank 0."""
+        """Iterate over the steps left, with a progress bar on rank 0; meanwhile signals ask for a checkpoint."""
         self.bar = tqdm(range(start, stop), what, stop, initial=start, disable=rank() > 0, dynamic_ncols=True)
         self.trim(start)
-        return self.bar
+        SIGNALS.install()
+        yield from self.bar
+        SIGNALS.restore()
 
     def trim(self, start):
         """Forget log lines of steps at or after `start`: they will be made again."""
         path = self.folder / "log.jsonl"
         if rank() == 0 and path.exists():
             whole = [line for line in path.read_text().splitlines() if line.endswith("}")]  # a kill may tear one
-            path.write_text("".join(line + "\n" for line in whole if json.loads(line)["step"] < start))
+            write(path, "".join(line + "\n" for line in whole if json.loads(line)["step"] < start))
 
     def log(self, step, **metrics):
         """Write one line; all ranks call it."""
@@ -70,31 +128,75 @@ class Run:
                 file.write(json.dumps(line) + "\n")
             self.bar.set_postfix({k: f"{metrics[k]:.3g}" for k in ("loss", "dmd", "critic") if k in metrics})
 
+    def due(self, done, last, every):
+        """Is a checkpoint due after `done` steps: by the clock, at the end, or since a signal asked for one?
 
-def save_checkpoint(folder, step, modules, optimizers, averages):
-    """Write folder/checkpoint-STEP: weights, optimizers, EMA. It exists completely or not at all; older ones go.
+        Every rank calls it at every step, and all hear the same.
+        """
+        self.asked = SIGNALS.asked()
+        return done % every == 0 or done == last or self.asked >= SAVE
 
-    `modules`, `optimizers` and `averages` are dicts; an optimizer belongs to the module of the same name.
+    def leave_if_asked(self, done):
+        """After the checkpoint of step `done`: end the process on every rank if a signal wants it to go."""
+        code = max(self.asked, SIGNALS.asked())                                     # it may have come while saving
+        if code > SAVE:
+            if rank() == 0:
+                self.bar.close()
+                print(f"\nsaved {self.folder} after step {done} and left, as a signal asked; the same command goes on")
+            shutdown()
+            raise SystemExit(code)
+
+
+def clips_per_update(facts):
+    """Clips of all processes together in one update; a setting that a script does not have is 1."""
+    batch, accumulate, sequence = (facts["settings"].get(name, 1) for name in ("batch", "accumulate", "sequence"))
+    return batch * accumulate * facts["processes"] / sequence
+
+
+def header(facts, **notes):
+    """The header of a file of weights, from the facts of its run."""
+    facts = {"seed": facts["settings"]["seed"], "config": json.dumps(facts["settings"]), **facts}
+    return {"actions": ACTION_SPEC, **{key: value for key, value in facts.items() if key != "settings"}, **notes}
+
+
+# ---- Saving ----------------------------------------------------------------------------------------------------------
+
+def save_checkpoint(folder, step, modules, optimizers, averages, keep=1):
+    """Write folder/checkpoint-STEP: weights, optimizers, EMA. It exists completely or not at all; `keep` stay.
+
+    `modules`, `optimizers` and `averages` are dicts; an optimizer belongs to the module of the same name. OSError when
+    it cannot be written (on every rank if torch could not; otherwise on rank 0); what was there before still is.
     """
-    final = Path(folder) / f"checkpoint-{step:08d}"
+    folder, final = Path(folder), Path(folder) / f"checkpoint-{step:08d}"
     partial = final.with_suffix(".partial")
-    if rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-    for optimizer in optimizers.values():
-        complete(optimizer)
-    barrier()
-    dcp.save(_state(modules, optimizers, averages), checkpoint_id=partial)
-    barrier()
-    if rank() == 0:
-        for file in [*partial.iterdir(), partial]:
-            handle = os.open(file, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        for old in sorted(Path(folder).glob("checkpoint-????????"))[:-1]:
-            shutil.rmtree(old)
-    barrier()
+    try:
+        if rank() == 0:
+            _sweep(folder)
+            partial.mkdir()                             # not its parents: a run folder that has gone stays gone
+        for optimizer in optimizers.values():
+            complete(optimizer)
+        barrier()
+        dcp.save(_state(modules, optimizers, averages), checkpoint_id=partial, no_dist=world_size() == 1)    # and sync
+        names = [f"__{rank()}_*"] + [".metadata"] * (rank() == 0)
+        files = [file for name in names for file in partial.glob(name)]
+        files = gather({file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files})
+        if rank() == 0:
+            files = {name: facts for part in files for name, facts in part.items()}
+            write(partial / "manifest.json", json.dumps({"step": step, **provenance(), "files": files}, indent=1))
+            if final.exists():
+                final.rename(folder / f"{final.name}.old.partial")
+            partial.rename(final)
+            sync(folder)
+            for old in sorted(folder.glob("checkpoint-????????"))[:-keep]:
+                old.rename(old.with_suffix(".partial"))
+            _sweep(folder)
+        barrier()
+    except (dcp.api.CheckpointException, OSError) as error:
+        if rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, dcp.api.CheckpointException):                              # all ranks have it, and wait
+            barrier()
+        raise OSError(f"{final} could not be written ({_reason(error)}); those before it are as they were") from None
 
 
 def complete(optimizer):
@@ -109,31 +211,95 @@ def complete(optimizer):
                 optimizer.state[p] = {"step": count, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
 
-def load_checkpoint(folder, stop, modules, optimizers, averages):
-    """Restore the newest checkpoint of `folder` in place; returns its step, or 0 when there is none.
+def _sweep(folder):
+    """Remove what was not finished, and what was about to be removed."""
+    for left in folder.glob("checkpoint-*.partial"):
+        shutil.rmtree(left)
 
-    ValueError when it is beyond the step `stop`, OSError when it is damaged.
-    """
-    found = sorted(Path(folder).glob("checkpoint-????????"))
-    if not found:
-        return 0
-    if int(found[-1].name[-8:]) > stop:
-        raise ValueError(f"{found[-1]} is already beyond step {stop}; raise --steps or choose another --out")
-    state = _state(modules, optimizers, averages)
-    try:
-        dcp.load(state, checkpoint_id=found[-1])
-    except (dcp.api.CheckpointException, RuntimeError) as error:
-        raise OSError(f"{found[-1]} is damaged ({str(error).splitlines()[0]}); delete it and start again") from None
-    for name, module in modules.items():
-        dsd.set_model_state_dict(module, state["modules"][name])
-    for name, optimizer in optimizers.items():
-        dsd.set_optimizer_state_dict(modules[name], optimizer, state["optimizers"][name])
-    for name, ema in averages.items():
-        ema.average = state["averages"][name]
-    return int(found[-1].name[-8:])
+
+def _sha256(file):
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _reason(error):
+    """The first line of what went wrong, on the first rank where it did."""
+    while isinstance(error, dcp.api.CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return getattr(error, "strerror", None) or f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _state(modules, optimizers, averages):
     return {"modules": {k: dsd.get_model_state_dict(m) for k, m in modules.items()},
             "optimizers": {k: dsd.get_optimizer_state_dict(modules[k], o) for k, o in optimizers.items()},
             "averages": {k: e.average for k, e in averages.items()}}
+
+
+# ---- Loading ---------------------------------------------------------------------------------------------------------
+
+def damage(path):
+    """What is wrong with the checkpoint `path`, in words, or None. Ranks share the reading and hear the same."""
+    try:
+        files = json.loads((path / "manifest.json").read_text())["files"]
+    except OSError:
+        return "it has no manifest.json"
+    except (ValueError, KeyError, TypeError):
+        return "its manifest.json is not one"
+    wrong = []
+    for name, facts in list(files.items())[rank()::world_size()]:
+        file = path / name
+        if not file.exists():
+            wrong.append(f"{name} is missing")
+        elif file.stat().st_size != facts["bytes"]:
+            wrong.append(f"{name} has {file.stat().st_size} bytes, not {facts['bytes']}")
+        elif _sha256(file) != facts["sha256"]:
+            wrong.append(f"{name} has other bytes than were written")
+    return next((text for part in gather(wrong) for text in part), None)
+
+
+def newest(folder):
+    """The newest complete checkpoint of `folder`, and (path, damage) of those after it. (None, []) when there is none.
+
+    OSError when all are damaged.
+    """
+    damaged = []
+    for path in sorted(Path(folder).glob("checkpoint-????????"), reverse=True):
+        if (wrong := damage(path)) is None:
+            return path, damaged
+        damaged.append((path, wrong))
+    if damaged:
+        raise OSError(f"no checkpoint is left: {'; '.join(f'{path} is damaged ({wrong})' for path, wrong in damaged)}. "
+                      "Delete them and start again")
+    return None, []
+
+
+def load_checkpoint(folder, stop, modules, optimizers, averages):
+    """Restore the newest complete checkpoint of `folder` in place; returns its step, or 0 when there is none.
+
+    It may have been saved by another number of ranks. Damaged ones are named and set aside. ValueError when it is
+    beyond the step `stop` or of other networks, OSError when all are damaged.
+    """
+    path, damaged = newest(folder)
+    for bad, wrong in damaged:
+        if rank() == 0:
+            print(f"{bad} is damaged ({wrong}) and set aside; the run goes on from {path.name}")
+            aside = bad.with_suffix(".damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            bad.rename(aside)
+    if path is None:
+        return 0
+    step = int(path.name[-8:])
+    if step > stop:
+        raise ValueError(f"{path} is already beyond step {stop}; raise --steps or choose another --out")
+    state = _state(modules, optimizers, averages)
+    try:
+        dcp.load(state, checkpoint_id=path, no_dist=world_size() == 1)
+    except (dcp.api.CheckpointException, RuntimeError) as error:
+        raise ValueError(f"{path} does not fit these networks ({_reason(error)}); choose another --out") from None
+    for name, module in modules.items():
+        dsd.set_model_state_dict(module, state["modules"][name])
+    for name, optimizer in optimizers.items():
+        dsd.set_optimizer_state_dict(modules[name], optimizer, state["optimizers"][name])
+    for name, ema in averages.items():
+        ema.average = state["averages"][name]
+    return step

@@ -165,6 +165,14 @@ def on_host(tensor, dtype=None):
     return whole.detach().to("cpu" if rank() == 0 else "meta", dtype or whole.dtype)
 
 
+def gather(value):
+    """The small picklable `value` of every rank, in a list, on every rank."""
+    values = [value] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
 def provenance():
     """Commit and versions, for everything that is written down."""
     commit = "unknown"
@@ -178,11 +186,11 @@ def provenance():
 
 # ---- Optimisation ----------------------------------------------------------------------------------------------------
 
-def descend(optimizer, clip, step_name):
+def descend(optimizer, clip):
     """Average gradients over ranks, clip their global norm, step, clear. Returns the norm before clipping.
 
     Those of sharded parameters are averaged already (parallel.py); the norm is that of the whole network all the same.
-    A norm that is not finite raises FloatingPointError on every rank and changes no weight.
+    A gradient that is not finite makes the norm so on every rank, and no rank changes a weight: look at the norm.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     for p in parameters:
@@ -192,11 +200,15 @@ def descend(optimizer, clip, step_name):
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
-    if not torch.isfinite(norm):
-        raise FloatingPointError(f"the gradient norm of {step_name} is {float(norm)}; no weight was changed")
-    optimizer.step()
+    if torch.isfinite(norm):
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
+
+
+def alarm(loss):
+    """What to start the backward pass of a scalar loss with: 1, or NaN if it is not finite, so that `descend` sees."""
+    return 1 + 0 * loss.detach()
 
 
 class EMA:

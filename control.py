@@ -26,6 +26,7 @@ from inject import attach                                                       
 TRANSLATIONS = ((0, 0), (0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (-1, 1), (1, -1), (-1, -1))
 ROTATIONS = ((0, 0), (1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1))
 ACTIONS = 81
+ACTION_SPEC = "biwm-81.1"           # noted in weights; another as soon as a label means another motion
 NO_ACTION = -1                      # a frame without control: the unconditional branch of guidance, or unknown motion
 
 TRANSLATION_SHARE = 0.2             # a motion shorter than this share of the step is none

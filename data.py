@@ -15,9 +15,10 @@ from control import ACTIONS, Condition, Control, relative
 
 @dataclass(frozen=True)
 class Batch:
-    """Clips x0 [B, C, T, H, W] with their condition (text, actions and cameras of the same T frames)."""
+    """Clips x0 [B, C, T, H, W] with their condition: text, actions and cameras of the same T frames."""
     x0: torch.Tensor
     condition: Condition
+    ids: list                       # [B] of str, by which each clip can be found again
 
 
 @dataclass(frozen=True)
@@ -78,15 +79,16 @@ class WorldStream:
         if self.loaded != step // self.refresh:
             self.load(step // self.refresh)
         g = generator(self.seed, self.split, "batch", data_rank(), step)
-        trip = torch.randint(self.pool, (size,), generator=g).to(self.codec.device)
-        start = torch.randint(self.length - frames + 1, (size,), generator=g).to(self.codec.device)
-        kind = torch.randint(2, (size,), generator=g).to(self.codec.device)
+        draws = [torch.randint(n, (size,), generator=g) for n in (self.pool, self.length - frames + 1, 2)]
+        ids = [f"{self.split} pool {self.loaded} rank {data_rank()} trajectory {i} frames {a}..{a + frames - 1}"
+               for i, a in zip(*(draw.tolist() for draw in draws[:2]))]
+        trip, start, kind = (draw.to(self.codec.device) for draw in draws)
         index = start[:, None] + torch.arange(frames, device=self.codec.device)         # [B, T]
         x0 = self.latents[trip[:, None], :, index].transpose(1, 2)                      # [B, C, T, H, W]
         text = {key: value[self.maps[trip]] for key, value in self.captions.items()}
         at = trip[:, None], index
         control = Control(self.labels[kind[:, None], *at], relative(self.control.c2w[at]), self.control.K[at])
-        return Batch(x0.contiguous(), Condition(text, control))
+        return Batch(x0.contiguous(), Condition(text, control), ids)
 
 
 class RandomStream:
@@ -105,4 +107,5 @@ class RandomStream:
         H, W = (n // s for n, s in zip(spec.size[1:], spec.stride[1:]))
         x0 = torch.randn(size, spec.channels, frames, H, W, generator=g).to(self.device)
         actions = torch.randint(ACTIONS, (size, frames), generator=g).to(self.device)
-        return Batch(x0, Condition(self.text([""] * size), Control(actions)))
+        ids = [f"random rank {data_rank()} step {step} clip {i}" for i in range(size)]
+        return Batch(x0, Condition(self.text([""] * size), Control(actions)), ids)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common import alarm
 from control import Condition
 from flow import add_noise, draw_sigma, euler, guide, masked_mean, schedule, velocity, velocity_to_x0
 
@@ -47,12 +48,7 @@ def dmd_gradient(teacher, critic, x0, cond, null, sigma, guidance, mask, noise):
     fake = velocity_to_x0(critic(x_t, sigma, cond).float(), x_t, sigma)
 
     weight = per_sample((x0 - real).abs(), mask)                                        # [B]
-    grad = (fake - real) / weight[:, None, None, None, None] * mask[:, None, :, None, None]
-    bad = ~grad.isfinite().flatten(1).all(1)
-    if bad.any():
-        raise FloatingPointError(f"the DMD gradient of samples {bad.nonzero()[:, 0].tolist()} is not finite; "
-                                 f"noise levels {sigma.amax(1)[bad].tolist()}, normalisers {weight[bad].tolist()}")
-    return grad
+    return (fake - real) / weight[:, None, None, None, None] * mask[:, None, :, None, None]
 
 
 def dmd_loss(teacher, critic, x0, cond, null, sigma, guidance, mask=None):
@@ -257,7 +253,7 @@ def student_gradients(nets, recipe, clip, stop, chunk, share=1.0):
     with nets.using("critic"):
         gradient, = torch.autograd.grad(loss, x0)
     with nets.using("student"):
-        clip.x0.backward(share * gradient)
+        clip.x0.backward(share * alarm(loss) * gradient)
 
     x0, null = clip.real[:, :, :stop], replace(clip.null, past=clip.past)
     cond = replace(clip.cond.frames(0, stop), past=clip.past)
@@ -271,7 +267,7 @@ def student_gradients(nets, recipe, clip, stop, chunk, share=1.0):
         if weight := getattr(recipe, name):
             stats[name] = term()
             with nets.using("student"):
-                (share * weight * stats[name]).backward()
+                (share * weight * stats[name]).backward(alarm(stats[name]))
     return {name: value.detach() for name, value in stats.items()}
 
 
@@ -285,5 +281,5 @@ def critic_gradients(nets, recipe, clip, share=1.0):
                                      replace(clip.cond, past=clip.past))
         loss = loss + GAN_CRITIC * gan
     with nets.using("critic"):
-        (share * loss).backward()
+        (share * loss).backward(alarm(loss))
     return {"critic": critic.detach(), **stats}, (per_sample(error.detach(), clip.mask), sigma)

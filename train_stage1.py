@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from checkpoint import Run, load_checkpoint, save_checkpoint
-from common import (EMA, data_rank, derive, descend, one_line_errors, parse, provenance, require_positive, reseed,
-                    setup, shutdown)
+from common import (EMA, alarm, data_rank, derive, descend, one_line_errors, parse, require_positive, reseed, setup,
+                    shutdown)
+from faults import Finite, together
 from parallel import Layout, checkpoint_blocks, compile_blocks
 from control import NO_ACTION, Condition, Control, attach
 from data import WorldStream
@@ -43,6 +44,7 @@ class Config:
     steps: int = 2000               # optimizer steps
     seed: int = 0                   # of everything random
     save_every: int = 1000          # steps between checkpoints
+    keep: int = 2                   # checkpoints that stay: the newest and those before it
     batch: int = 16                 # clips per process and backward pass
     accumulate: int = 1             # backward passes per step: as if the batch were so many times larger
     frames: int = 12                # latent frames of the longest clips: the window
@@ -73,7 +75,7 @@ class Config:
     cuda_graphs: bool = False       # with --compile on a GPU: launch the network as CUDA graphs
 
     def __post_init__(self):
-        require_positive(self, "steps", "save_every", "batch", "accumulate", "frames", "lr", "pool", "refresh",
+        require_positive(self, "steps", "save_every", "keep", "batch", "accumulate", "frames", "lr", "pool", "refresh",
                          "log_every", "clip")
         if self.backbone not in PRESETS:
             raise ValueError(f"unknown backbone '{self.backbone}'; choose {', '.join(PRESETS)}")
@@ -193,9 +195,9 @@ def initial_model(cfg, coder, layout, device):
     return configure(model, cfg)
 
 
-def save_teacher(model, ema, cfg, step):
+def save_teacher(model, ema, cfg, run, step):
     """teacher.safetensors: the averaged weights, all or (--save_trained) those of the control on top of --init."""
-    notes = {"stage": 1, "steps": step, "seed": cfg.seed, "control": cfg.control, **provenance()}
+    notes = run.header(steps=step, control=cfg.control)
     weights = ema.average
     if cfg.save_trained:
         weights = {key: value for key, value in weights.items() if key.startswith(("control.", "compress."))}
@@ -210,14 +212,16 @@ def prepare(cfg):
     model = initial_model(cfg, coder, layout, device)
     length = max(48, cfg.frames + cfg.past + 1)
     stream = WorldStream(coder, cfg.seed, cfg.pool, length, cfg.refresh * cfg.accumulate)
-    return device, model, coder, stream, Run(cfg.out, cfg)
+    return device, model, coder, stream, Run(cfg.out, cfg, 1, cfg.init)
 
 
+@together()
 def main(cfg):
     with one_line_errors():
         device, model, coder, stream, run = prepare(cfg)
         optimizer, ema = adamw(model, cfg, device), EMA(model, cfg.ema)
-        state = {"model": model}, {"model": optimizer}, {"model": ema}
+        finite = Finite(cfg.out, ["model"])
+        state = {"model": model, "finite": finite}, {"model": optimizer}, {"model": ema}
         start = load_checkpoint(cfg.out, cfg.steps, *state)
     spec, empty = model.spec, coder.text([""])
     velocity = fast_velocity(model, cfg) if cfg.compile else velocity_of(model)
@@ -225,7 +229,7 @@ def main(cfg):
     for step in run.progress(start, cfg.steps, "stage 1"):
         reseed(cfg.seed, "stage 1", data_rank(), step)
         shared = random.Random(derive(cfg.seed, "stage 1, all ranks", step))
-        before, loss = draw_past(shared, cfg.past, spec.chunk, cfg.i2v), 0.0
+        before, loss, batches = draw_past(shared, cfg.past, spec.chunk, cfg.i2v), 0.0, []
         clean = clean_frames(model, before)
         frames = before + draw_frames(cfg, spec.chunk, shared, clean)
         for i in range(cfg.accumulate):
@@ -233,18 +237,21 @@ def main(cfg):
             begin, past = behind(model, batch.x0, before, batch.condition.control)
             condition = replace(drop(batch.condition.frames(begin, frames), empty, cfg), past=past)
             part = stage1_loss(velocity, batch.x0[:, :, begin:], condition, cfg, spec, clean) / cfg.accumulate
-            part.backward()
+            part.backward(alarm(part))
             loss += part.detach()
+            batches.append(batch)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg)
-        norm = descend(optimizer, cfg.clip, "the network")
-        ema.update(model, min(cfg.ema, (1 + step) / (10 + step)))          # early on, forget the random start sooner
+        norm = descend(optimizer, cfg.clip)
+        if finite.check(step, "model", norm, batches, loss=loss):
+            ema.update(model, min(cfg.ema, (1 + step) / (10 + step)))      # early on, forget the random start sooner
 
         if step % cfg.log_every == 0 or step + 1 == cfg.steps:
-            run.log(step, loss=loss, norm=norm, lr=group["lr"])
-        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
-            save_teacher(model, ema, cfg, step + 1)     # before the checkpoint: a complete one never lacks its weights
-            save_checkpoint(cfg.out, step + 1, *state)
+            run.log(step, loss=loss, norm=norm, lr=group["lr"], skipped=finite.total)
+        if run.due(step + 1, cfg.steps, cfg.save_every):
+            save_teacher(model, ema, cfg, run, step + 1)        # first: a complete checkpoint never lacks its weights
+            save_checkpoint(cfg.out, step + 1, *state, keep=cfg.keep)
+            run.leave_if_asked(step + 1)
     shutdown()
 
 

@@ -17,8 +17,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from checkpoint import Run, load_checkpoint, save_checkpoint
-from common import (EMA, data_rank, derive, descend, fail, mean_over_ranks, one_line_errors, parse, provenance, rank,
+from common import (EMA, data_rank, derive, descend, fail, mean_over_ranks, one_line_errors, parse, rank,
                     require_positive, reseed, setup, shutdown)
+from faults import Finite, together
 from parallel import Layout, checkpoint_blocks, compile_blocks
 from data import RandomStream, WorldStream
 from dmd import Clip, Discriminator, Head, Networks, Recipe, critic_gradients, student_gradients
@@ -29,7 +30,7 @@ from history import behind, configure, room
 from health import Health, averaged, compare, critic_by_sigma, curves, figures, final_table, side_by_side
 from lora import Adapters
 from model import PRESETS, build_on, load
-from weights import save
+from weights import default_source, save
 from rollout import draw_plan, self_rollout, velocity_of
 
 
@@ -42,6 +43,7 @@ class Config:
     steps: int = 60                 # student updates
     seed: int = 0                   # of everything random
     save_every: int = 20            # student updates between checkpoints
+    keep: int = 2                   # checkpoints that stay: the newest and those before it; the best stays besides
     tune: str = "full"              # full: three networks; lora: two adapters on the teacher
     rank: int = 32                  # of the adapters
     batch: int = 4                  # clips per rollout and process
@@ -85,8 +87,8 @@ class Config:
     compile: bool = False           # torch.compile the transformer blocks
 
     def __post_init__(self):
-        require_positive(self, "steps", "save_every", "batch", "accumulate", "rank", "denoise", "critic_steps", "lr",
-                         "critic_lr", "head_lr", "clip", "pool", "refresh", "patience")
+        require_positive(self, "steps", "save_every", "keep", "batch", "accumulate", "rank", "denoise", "critic_steps",
+                         "lr", "critic_lr", "head_lr", "clip", "pool", "refresh", "patience")
         negative = [f for f in ("past", "grow", "guidance", "gan", "teacher_fkl", "real_fkl", "sft", "critic_warmup",
                                 "validate", "preview", "health", "t2v", "i2v", "short", "ema") if getattr(self, f) < 0]
         wrong = [
@@ -157,17 +159,19 @@ def mean_of(dicts):
     return {key: sum(d[key] for d in dicts) / len(dicts) for key in dicts[0]}
 
 
+@together()
 def main(cfg):
     with one_line_errors():                     # bad input ends here, with one line and before anything is written
         device, spec = setup(), PRESETS[cfg.backbone]
         layout = Layout(device, cfg.shard, cfg.replicas, cfg.sequence)
         nets, models, learning, weights = networks(cfg, layout, device)
         coder, stream = data(cfg, spec, device)
-        run = Run(cfg.out, cfg)
+        run = Run(cfg.out, cfg, 2, "" if cfg.teacher == "random" else cfg.teacher or default_source(spec))
         rates = {"student": cfg.lr, "critic": cfg.critic_lr, "head": cfg.head_lr}
         optimizers = {name: adamw(module, rates[name], device) for name, module in learning.items()}
         ema, health, last = EMA(learning["student"], cfg.ema), Health(cfg.health), cfg.steps + cfg.critic_warmup
-        state = {**learning, "health": health}, optimizers, {"student": ema}
+        finite = Finite(cfg.out, learning)
+        state = {**learning, "health": health, "finite": finite}, optimizers, {"student": ema}
         start, best = load_checkpoint(cfg.out, last, *state), run.folder / "best"
     if start == 0 and rank() == 0:
         shutil.rmtree(best, ignore_errors=True)                                 # of a run that is no more
@@ -187,7 +191,7 @@ def main(cfg):
         stop = plan.frames - spec.chunk * shared.randrange(plan.made // spec.chunk)
 
         # One rollout serves both: with gradient for the student, detached for the critic.
-        clips, notes, looks, metrics = [], [], [], {}
+        batches, clips, notes, looks, metrics = [], [], [], [], {}
         for i in range(cfg.accumulate):
             real = stream.batch(step * cfg.accumulate + i, cfg.batch, plan.frames)
             if still:       # nothing is known of a motion before the start: when playing it is still
@@ -196,6 +200,7 @@ def main(cfg):
                 x0, clean = self_rollout(nets.student, real.condition, real.x0[:, :, :plan.start], plan, spec, sigmas,
                                          lambda shape: torch.randn(shape, device=device), grad_step, cfg.complete,
                                          models[1])
+            batches.append(real)
             told = real.condition.control
             (begin, past), (_, happened) = (behind(models[1], x, plan.first, told) for x in (clean, real.x0))
             cond = replace(real.condition.frames(begin, plan.frames), past=past)
@@ -205,17 +210,20 @@ def main(cfg):
                 notes.append(student_gradients(nets, recipe, clips[-1], stop - begin, spec.chunk, share))
                 looks.append(compare(clean, real.x0, plan.start, spec.chunk))
         if learns:
-            metrics = mean_of(notes) | {"student_norm": descend(optimizers["student"], cfg.clip, "the student")}
-            ema.update(learning["student"])
-            metrics |= health.update(mean_over_ranks(mean_of(looks)))
+            metrics = mean_of(notes) | {"student_norm": descend(optimizers["student"], cfg.clip)}
+            if finite.check(step, "student", metrics["student_norm"], batches, **metrics):
+                ema.update(learning["student"])
+                metrics |= health.update(mean_over_ranks(mean_of(looks)))
 
         # The critic learns the velocity field of what the student just made: several updates for the student's one.
         errors = []
         for _ in range(cfg.critic_steps):
             notes, by_sigma = zip(*(critic_gradients(nets, recipe, clip, share) for clip in clips))
             errors += by_sigma
-            metrics |= mean_of(notes) | {f"{name}_norm": descend(optimizers[name], cfg.clip, f"the {name}")
-                                         for name in learning if name != "student"}
+            norms = {name: descend(optimizers[name], cfg.clip) for name in learning if name != "student"}
+            for name, norm in norms.items():
+                finite.check(step, name, norm, batches, **mean_of(notes))
+            metrics |= mean_of(notes) | {f"{name}_norm": norm for name, norm in norms.items()}
         metrics |= critic_by_sigma(errors)
 
         better = False
@@ -228,21 +236,26 @@ def main(cfg):
         if device.type == "cuda":
             metrics["peak_gib"] = torch.cuda.max_memory_allocated() / 2 ** 30
         run.log(step, student_updates=updates, critic_updates=(step + 1) * cfg.critic_steps,
-                rollouts=(step + 1) * cfg.accumulate, **metrics)
+                rollouts=(step + 1) * cfg.accumulate, skipped=finite.total, **metrics)
 
         sick = cfg.health and health.outside >= cfg.patience
         if cfg.health and health.outside == 1 and rank() == 0:
             run.bar.write(f"warning, update {updates}: {'; '.join(health.complaints())}")
-        due = cfg.teacher != "random" and ((step + 1) % cfg.save_every == 0 or step + 1 == last or sick)
+        due = run.due(step + 1, last, cfg.save_every) or sick
+        if cfg.teacher == "random":             # noise is not worth a file, but for who asks by a signal
+            due = run.asked
         for folder in [run.folder] * bool(due) + [best] * better:
-            folder.mkdir(exist_ok=True)         # before the checkpoint: a complete one never lacks its weights
-            notes = {"stage": 2, "updates": updates, "seed": cfg.seed, **provenance()}
-            save(models[1], folder / "student.safetensors", weights=weights(ema.average), **notes)
-            if cfg.tune == "lora":
-                save(models[1], folder / "adapter.safetensors", weights=ema.average, alpha=cfg.rank, **notes)
-            if sick and rank() == 0:
-                curves(run.folder)
-            save_checkpoint(folder, step + 1, *state)
+            if cfg.teacher != "random":         # first: a complete checkpoint never lacks its weights
+                folder.mkdir(exist_ok=True)
+                notes = run.header(updates=updates)
+                save(models[1], folder / "student.safetensors", weights=weights(ema.average), **notes)
+                if cfg.tune == "lora":
+                    save(models[1], folder / "adapter.safetensors", weights=ema.average, alpha=cfg.rank, **notes)
+                if sick and rank() == 0:
+                    curves(run.folder)
+            save_checkpoint(folder, step + 1, *state, keep=1 if folder == best else cfg.keep)
+        if due:
+            run.leave_if_asked(step + 1)
         if sick:
             fail(f"for {cfg.patience} updates the student has been unlike real data: {'; '.join(health.complaints())}. "
                  f"All is saved in {run.folder}; lower --lr or change the terms, or go on with --health 0")

@@ -3,6 +3,7 @@
 Reading goes through the headers first and then tensor by tensor from the mapped file: nothing is held twice.
 """
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -54,6 +55,15 @@ def weight_files(source, spec):
         raise OSError(f"{folder} has {len(files)} safetensors files and {len(index)} indices, not {spec.file} of "
                       f"{spec.name}; give the file itself")
     return files
+
+
+def fingerprint(source, spec):
+    """sha256 of a checkpoint: of its file, or of the hashes of its files in their order."""
+    hashes = []
+    for file in weight_files(source, spec):
+        with open(file, "rb") as stream:
+            hashes.append(hashlib.file_digest(stream, "sha256").hexdigest())
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def headers(files, spec, official):
@@ -109,6 +119,11 @@ def save(model, path, dtype=torch.bfloat16, weights=None, **notes):
     notes |= {} if model.compress is None else {"history": model.compress.settings}
     header = {"backbone": model.spec.name, **{k: str(v) for k, v in notes.items()}}
     weights = {k: on_host(v, dtype).contiguous() for k, v in weights.items()}
-    if rank() == 0:
+    if rank() > 0:
+        return
+    try:
         save_file(weights, partial, metadata=header)
-        partial.rename(path)
+    except SafetensorError as error:                        # a full disk, a folder that has gone
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written: {error}") from None
+    partial.rename(path)

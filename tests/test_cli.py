@@ -63,7 +63,7 @@ def test_run_folders_are_complete(trained):
         with safe_open(folder / f"{weights}.safetensors", "pt") as file:
             assert file.metadata()["backbone"] == "tiny" and file.metadata()["commit"] == config["commit"]
             assert file.get_tensor("head.head.weight").dtype == torch.bfloat16
-        assert len(list(folder.glob("checkpoint-*"))) == 1
+        assert [path.name[-1] for path in sorted(folder.glob("checkpoint-*"))] == ["2", "4"]    # --keep 2
     assert (trained / "two" / "curves.png").stat().st_size > 10_000
     assert lines[-1]["student_updates"] == 3 and lines[-1]["critic_updates"] == 8
 
@@ -138,14 +138,13 @@ def test_two_processes_average_their_gradients(tmp_path):
         "layer = torch.nn.Linear(3, 1, bias=False); layer.weight.data.zero_()\n"
         "opt = torch.optim.SGD(layer.parameters(), 1.0)\n"
         "(layer.weight * (common.rank() + 1)).sum().backward()\n"
-        "norm = common.descend(opt, 100.0, 'it')\n"
+        "norm = common.descend(opt, 100.0)\n"
         "assert torch.allclose(layer.weight, torch.full((1, 3), -1.5)), layer.weight\n"
         "assert abs(float(norm) - 1.5 * 3 ** 0.5) < 1e-6\n"
         "assert common.mean_over_ranks({'x': common.rank()}) == {'x': 0.5}\n"
         "layer.weight.grad = torch.full((1, 3), float('nan') if common.rank() else 0.0)\n"
-        "try:\n    common.descend(opt, 1.0, 'it')\n"
-        "except FloatingPointError:\n    assert torch.allclose(layer.weight, torch.full((1, 3), -1.5))\n"
-        "else:\n    raise AssertionError('a NaN on one rank must stop both')\n"
+        "assert common.descend(opt, 1.0).isnan(), 'a NaN on one rank must be seen on both'\n"
+        "assert torch.allclose(layer.weight, torch.full((1, 3), -1.5)) and layer.weight.grad is None\n"
         "common.shutdown()\n")
     run(*TORCHRUN, "--nproc_per_node", 2, script)
 
@@ -232,8 +231,9 @@ def test_a_damaged_checkpoint_and_a_torn_log_line(tmp_path):
     assert len(losses(tmp_path)) == 4
     with pytest.raises(SystemExit, match="already beyond step 2; raise --steps"):
         train_stage1.main(stage1(tmp_path, "--steps", "2"))
-    (tmp_path / "checkpoint-00000004" / ".metadata").write_bytes(b"not a checkpoint")
-    with pytest.raises(SystemExit, match="checkpoint-00000004 is damaged"):
+    for path in tmp_path.glob("checkpoint-*"):
+        (path / ".metadata").write_bytes(b"not a checkpoint")
+    with pytest.raises(SystemExit, match="no checkpoint is left: .*checkpoint-00000004 is damaged"):
         train_stage1.main(stage1(tmp_path))
 
 

@@ -343,7 +343,7 @@ def test_stage_1_trains_a_new_control_on_a_frozen_network_and_saves_it_alone(tmp
     batch = WorldStream(coder, 0, pool=2, length=8).batch(0, 2, 8)
     loss = train_stage1.stage1_loss(train_stage1.velocity_of(model), batch.x0, batch.condition, cfg, model.spec)
     loss.backward()
-    descend(optimizer, 1.0, "the network")
+    descend(optimizer, 1.0)
     ema.update(model)
     train_stage1.save_teacher(model, ema, cfg, 1)
     save_checkpoint(tmp_path, 1, *state)

@@ -109,14 +109,13 @@ class Discriminator:
     @torch.compiler.disable
     def keep(self, block, inputs, output):
         if self.listening:
-            groups, (tokens, _) = inputs[0], output                                     # of frames; not of text, memory
-            self.tokens = torch.cat([x for x, group in zip(tokens, groups) if group.frames], 1)     # [B, T, L, D]
+            self.heard = [group._replace(x=x) for group, x in zip(inputs[0], output[0]) if group.frames]
 
     def __call__(self, x_t, sigma, cond):
         self.listening = True
         self.velocity(x_t, sigma, cond)
-        tokens, self.listening, self.tokens = self.tokens, False, None
-        return self.head(self.gather(tokens), x_t.shape[2])
+        groups, self.listening, self.heard = self.gather(self.heard), False, None
+        return self.head(torch.cat([group.x for group in groups], 1), x_t.shape[2])             # [B, T, L, D] of frames
 
 
 def frame_mean(y, mask):

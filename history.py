@@ -203,6 +203,8 @@ class History:
 def draw_past(shared, most, chunk, odd=0.0):
     """Frames before a training clip: whole chunks, up to `most` frames, log-uniform: each doubling of age is as likely,
     with the levels and plans that are new in it. A share `odd` has one more, like a start from one frame."""
+    if not most:
+        return 0
     chunks = int(math.exp(shared.random() * math.log(most // chunk + 1)) + 1e-9) - 1
     return chunk * chunks + (chunks > 0 and shared.random() < odd)
 

@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import bench
+import block
 import data
 import model
 import train_stage1
@@ -131,7 +132,7 @@ def trained(fields, joined=False, steps=2):
             optimizer.zero_grad()
         else:
             loss_of(net(*clip(net, 10 * step + rank()))).backward()
-            norms.append(descend(optimizer, 0.01, "it"))
+            norms.append(descend(optimizer, 0.01))
             with torch.no_grad():       # as in stage 2: what a forward without a backward gathers must not outlive a step
                 net(*clip(net, 99))
         ema.update(net)
@@ -195,13 +196,12 @@ def several_forwards_may_await_one_backward():
 
 
 @check
-def a_nan_on_one_process_raises_on_both_and_changes_no_weight():
+def a_nan_on_one_process_is_seen_on_both_and_changes_no_weight():
     for fields in ({}, FSDP):
         net = layout(**fields).place(network())
         optimizer, before = torch.optim.SGD(net.parameters(), 1.0), {k: whole(p).clone() for k, p in net.named_parameters()}
         (loss_of(net(*clip(net))) * (float("nan") if rank() else 1.0)).backward()
-        with pytest.raises(FloatingPointError, match="norm of it is nan"):
-            descend(optimizer, 1.0, "it")
+        assert descend(optimizer, 1.0).isnan()
         same({k: whole(p) for k, p in net.named_parameters()}, before, 0)
 
 
@@ -224,7 +224,7 @@ def adapters_share_one_sharded_base():
         assert torch.equal(out["teacher"], out["student"]) and not torch.equal(v, out["teacher"])
         with adapters.using("critic"):
             loss_of(v).backward()
-        out |= {"norm": descend(optimizer, 1.0, "it")} | {k: p.detach() for k, p in adapters.sets["critic"].named_parameters()}
+        out |= {"norm": descend(optimizer, 1.0)} | {k: p.detach() for k, p in adapters.sets["critic"].named_parameters()}
         merged = adapters.merged("critic")
         out |= {f"merged {k}": on_host(merged[k], torch.float32) for k in merged if rank() == 0 or isinstance(merged[k], DTensor)}
         results.append({k: v for k, v in out.items() if not v.is_meta})
@@ -285,7 +285,7 @@ def loading_takes_the_memory_of_ones_own_rows(folder):
 def checkpoints_take_sharded_weights_optimizers_and_averages(folder):
     def step(net, optimizer, ema):
         loss_of(net(*clip(net, rank()))).backward()
-        descend(optimizer, 1.0, "it")
+        descend(optimizer, 1.0)
         ema.update(net)
 
     def state(net, optimizer, ema):
@@ -335,10 +335,10 @@ def shared_clips_give_what_one_process_gives():
 @check
 def a_shared_clip_halves_the_tokens_between_blocks_and_the_heads_within():
     net, seen = layout(sequence=2).place(network()), {}
-    attend = net.blocks[0].self_attn.attend
-    inner = lambda q, *rest: seen.update(heads=q.shape[1], keys=q.shape[2]) or model.attention(q, *rest)
-    net.blocks[0].self_attn.attend = lambda *args: attend.func(inner, *args)
-    net.blocks[1].register_forward_pre_hook(lambda block, args: seen.update(tokens=args[0].shape[2]))
+    attend = net.blocks[0].attend
+    inner = lambda q, *rest: seen.update(heads=q.shape[1], keys=q.shape[2]) or block.attention(q, *rest)
+    net.blocks[0].attend = lambda *args: attend.func(inner, *args)
+    net.blocks[1].register_forward_pre_hook(lambda _, args: seen.update(tokens=args[0][0].x.shape[2]))
     net(*clip(net))
     assert seen == {"tokens": 8, "heads": 2, "keys": 45}
 

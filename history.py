@@ -251,7 +251,8 @@ def budget(model, start, labels):
     if s is None:
         most = spec.window - K
         return f"history: the latest {most} of {frames} frames, {most * grid[0] * grid[1]:,} tokens"
-    plans = [s.plan(T, range(min(s.top, max(0, T - s.sink - s.recent) // s.chunk))) for T in range(start, frames + 1, K)]
+    blocks = lambda T: range(min(s.top, max(0, T - s.sink - s.recent) // s.chunk))
+    plans = [s.plan(T, blocks(T)) for T in range(start, frames + 1, K)]
     most = max(tokens(segments, grid) for segments in plans)
     kept = sum(min(segment.end - segment.start, 1 if segment.role == "tail" else frames)
                for segment in plans[-1] if segment.role != "mid" or s.kind != "packforcing")

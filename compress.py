@@ -219,6 +219,11 @@ def name_of(level):
     return "x".join(map(str, level))
 
 
+def build(kind, backbone, **fields):
+    """The `HistoryMemory` of a kind for a backbone; fields of `Settings` override what fits it."""
+    return HistoryMemory(Settings.of(backbone.spec, kind, **fields), backbone)
+
+
 def attach(backbone, settings):
     """Give `backbone` the compressor of `settings` (None: leave it without), as `backbone.compress`; kernels that it
     has are kept. New ones begin as means."""

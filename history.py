@@ -150,7 +150,7 @@ class History:
         while len(self.blocks) < whole:
             start = sink + K * len(self.blocks) - self.at
             block = self.latents[:, :, start:start + K]
-            self.blocks.append(block.to(self.store, copy=True))
+            self.blocks.append(block.to(self.store, torch.half, copy=True))             # latents are of order 1
             if self.settings.choose == "affinity":
                 with autocast(block.device):
                     seen = self.model.compress.embed(self.model, self.settings.mid, block, False)   # [B, N, D]
@@ -171,13 +171,12 @@ class History:
 
     def of(self, segment):
         """The latents of a segment."""
-        device = self.latents.device
         if segment.role == "sink":
             return self.first[:, :, segment.start:segment.end]
         if segment.role == "tail":
             return self.sum / self.summed
         if self.settings.kind == "packforcing":
-            return self.blocks[(segment.start - self.settings.sink) // self.settings.chunk].to(device)
+            return self.blocks[(segment.start - self.settings.sink) // self.settings.chunk].to(self.latents)
         return self.latents[:, :, segment.start - self.at:segment.end - self.at]
 
     def choose(self, frames, control, offset):
@@ -259,7 +258,7 @@ def budget(model, start, labels):
     text = (f"history {s.kind}, attention {s.attention}: of {frames} frames ({frames * grid[0] * grid[1]:,} tokens) a "
             f"chunk sees at most {most:,} tokens; {kept} latent frames are kept, {kept * frame / 2 ** 20:.1f} MiB")
     if s.kind == "packforcing":
-        text += f", and on the host {max(0, frames - kept) * frame / 2 ** 20:.1f} MiB of blocks"
+        text += f", and on the host {max(0, frames - kept) * frame / 2 ** 21:.1f} MiB of blocks"
     if s.attention != "joint":
         text += f"; their keys and values take {4 * spec.dim * spec.layers * most / 2 ** 30:.2f} GiB in bf16"
     return text

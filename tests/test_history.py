@@ -74,8 +74,8 @@ def test_a_history_kept_in_pieces_shows_what_the_whole_one_would(kind, fields, s
             exact = x[:, :, segment.start:segment.end]
             if segment.role == "tail":
                 torch.testing.assert_close(latents, exact.mean((2, 3, 4), keepdim=True), atol=1e-5, rtol=0)
-            else:
-                assert torch.equal(latents, exact)
+            else:                                       # PackForcing's blocks are stored in half precision
+                assert torch.equal(latents, exact.half().float() if kind == "packforcing" and segment.role == "mid" else exact)
 
 
 def test_what_is_kept_stops_growing():
@@ -296,7 +296,7 @@ def test_a_checkpoint_carries_its_compressor_and_how_it_is_used(tmp_path, monkey
 def test_a_budget_is_told_before_it_is_spent():
     line = budget(network("framepack"), 4, 4797)
     assert "of 4800 frames (115,200 tokens) a chunk sees at most 90 tokens; " in line and "latent frames are kept" in line
-    assert "on the host 42.1 MiB" in budget(network("packforcing"), 4, 4797)
+    assert "on the host 21.1 MiB" in budget(network("packforcing"), 4, 4797)
     assert "the latest 8 of 99 frames" in budget(network(), 4, 96)
     assert "GiB in bf16" in budget(network("window", attention="self"), 4, 96)
 

@@ -197,6 +197,20 @@ class History:
         return set(select(scores.cpu(), self.shown, s.top))
 
 
+def behind_cache(model, x, sigma, condition, who):
+    """Velocity of the chunk at the end of x behind history that does not see it, zeros for the frames before: keys and
+    values are made once, for `who` asks and for each text, that is, for each branch of guidance."""
+    text, control, past = condition.text, condition.control, condition.past
+    (memory, frames), branch = model.compress(model, past, x.shape[2]), (who, id(text))
+    n = memory.clean
+    if branch not in past.kept:
+        own, (before, _) = control.frames(0, n) if control and n else None, past.before.get(branch, (None, None))
+        cache = model.prefill(x[:, :, :n], text, own, memory, frames[:n], before)
+        past.kept[branch] = cache, text                 # which keeps the text alive, and its id its own
+    v = model(x[:, :, n:], sigma[:, n:], text, control, past.kept[branch][0], frames)
+    return torch.cat([torch.zeros_like(x[:, :, :n]), v.to(x.dtype)], 2)
+
+
 # ---- Training --------------------------------------------------------------------------------------------------------
 
 def draw_past(shared, most, chunk, odd=0.0):

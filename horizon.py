@@ -59,7 +59,7 @@ def filled(model, frames, shape):
 
 
 def expected(model, frames, grid, steps):
-    """(tokens of history, operations) of the chunk behind so many frames, from the plan alone."""
+    """(tokens of history, operations by kind) of the chunk behind so many frames, from the plan alone."""
     s, K = settings_of(model), model.spec.chunk
     shown = lambda T: range(max(0, T - s.sink - s.recent) // s.chunk)[-s.top:]
     start, older = part(s.plan(frames, shown(frames)))
@@ -71,7 +71,7 @@ def expected(model, frames, grid, steps):
             each = 1 if s.dense else cells(segment, grid)[0]
             new += [tokens([segment], grid) // each] * each
     work = chunk_flops(model.spec, s.attention, steps, K, frames - start, *grid, sum(lengths), new)
-    return sum(lengths) + (frames - start) * grid[0] * grid[1], sum(work.values())
+    return sum(lengths) + (frames - start) * grid[0] * grid[1], work
 
 
 @torch.no_grad()
@@ -104,9 +104,10 @@ def row(model, kind, attention, minutes, cfg, shape, text):
         {"choose": "recency"} if kind == "packforcing" else {})))
     frames = round(minutes * 60 * spec.fps / spec.stride[0]) // K * K
     seen, work = expected(model, frames, (shape[1] // spec.patch[1], shape[2] // spec.patch[2]), cfg.steps)
+    work = sum(work.values()) / 1e12
     done = {"history": kind, "attention": attention, "minutes": minutes, "frames": frames, "tokens": seen,
-            "tflop": work / 1e12, "seconds_of_video": K * spec.stride[0] / spec.fps}
-    if work / 1e12 > cfg.most:
+            "tflop": work, "seconds_of_video": K * spec.stride[0] / spec.fps}
+    if work > cfg.most:
         return done | {"ms": None, "why": "too dear"}
     try:
         return done | measure(model, filled(model, frames, shape), text, cfg)

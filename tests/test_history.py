@@ -7,10 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import common
+import horizon
 import model as models
+import rollout as rollouts
 import train_stage1 as one
 import train_stage2 as two
 import world
@@ -217,7 +220,7 @@ def test_a_segment_that_lives_on_is_not_computed_again():
 
 def operations(world_model, n):
     """Operations of a chunk behind n frames."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         world_model.step([9] * 4)
     return counter.get_total_flops()
 
@@ -237,6 +240,31 @@ def test_a_chunk_costs_the_same_whatever_came_before(kind, fields):
         costs.append(operations(player, n))
         kept.append(player.history.latents.nbytes + player.history.first.nbytes + player.actions[:, :40].nbytes)
     assert kept[0] == kept[1] and costs[0] == pytest.approx(costs[1], rel=1e-3 if kind == "packforcing" else 0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["joint", "self", "segment"])
+@pytest.mark.parametrize("kind, frames", [("none", 12), ("window", 60), ("framepack", 60), ("packforcing", 100)])
+def test_the_operations_of_a_chunk_are_those_that_are_planned(kind, frames, attention):
+    model = network(kind, attention=attention, **{"choose": "recency"} if kind == "packforcing" else {})
+    history = horizon.filled(model, frames - 4, (24, 8, 12))
+    velocity, text = velocity_of(model), condition(1).text
+    told = lambda: Condition(text, condition(history.n + 4 - history.begin()).control)
+    once = lambda: rollouts.chunks(velocity, told(), history, history.n + 4, SIGMAS, 4, torch.randn, rollouts.few_step, lambda n: {},
+                                   history.begin())
+    once()                                              # segments of the chunk before are cached
+    seen, planned = horizon.expected(model, frames, (4, 6), 2)
+    clean, _, past = history.copy().view(4)
+    with FlopCounterMode(display=False) as counter:
+        memory, _ = model.compress.remember(model, past)
+    encoding = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        once()
+    assert seen == memory.tokens.shape[1] + clean.shape[2] * 24
+    counts = counter.get_flop_counts()["Global"]
+    attention_only = counts.pop(torch.ops.aten.bmm)
+    assert attention_only == pytest.approx(planned["self_attention"] + planned["text_attention"], rel=0.01)
+    assert sum(counts.values()) - encoding == pytest.approx(planned["linear"], rel=0.08)    # a prefill has no head
 
 
 def test_a_world_with_memory_can_be_gone_back_to_and_told_apart():

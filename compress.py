@@ -52,6 +52,8 @@ class Settings:
         """For a backbone: sizes that fit the window it was trained on; `recent` of 0 is the kind's own."""
         if kind not in SIZES:
             raise ValueError(f"unknown history '{kind}'; choose {', '.join(SIZES)}")
+        if (recent and kind in ("none", "pyramid")) or ("choose" in fields and kind != "packforcing"):
+            raise ValueError(f"leave out --{'recent' if recent else 'choose'}: it means nothing to history {kind}")
         K, seen = spec.chunk, spec.window - spec.chunk
         sink, own = {"window": (1, seen - 1), "packforcing": (min(2 * K, seen - K), K)}.get(kind, SIZES[kind])
         return cls(kind, sink, recent or own, K, MID[spec.name], near=max(1, seen // 2), far=spec.window, **fields)
@@ -217,6 +219,11 @@ class HistoryMemory(nn.Module):
 
 def name_of(level):
     return "x".join(map(str, level))
+
+
+def build(kind, backbone, **fields):
+    """The `HistoryMemory` of a kind for a backbone; fields of `Settings` override what fits it."""
+    return HistoryMemory(Settings.of(backbone.spec, kind, **fields), backbone)
 
 
 def attach(backbone, settings):

@@ -150,7 +150,7 @@ class History:
         while len(self.blocks) < whole:
             start = sink + K * len(self.blocks) - self.at
             block = self.latents[:, :, start:start + K]
-            self.blocks.append(block.to(self.store, copy=True))
+            self.blocks.append(block.to(self.store, torch.half, copy=True))             # latents are of order 1
             if self.settings.choose == "affinity":
                 with autocast(block.device):
                     seen = self.model.compress.embed(self.model, self.settings.mid, block, False)   # [B, N, D]
@@ -171,13 +171,12 @@ class History:
 
     def of(self, segment):
         """The latents of a segment."""
-        device = self.latents.device
         if segment.role == "sink":
             return self.first[:, :, segment.start:segment.end]
         if segment.role == "tail":
             return self.sum / self.summed
         if self.settings.kind == "packforcing":
-            return self.blocks[(segment.start - self.settings.sink) // self.settings.chunk].to(device)
+            return self.blocks[(segment.start - self.settings.sink) // self.settings.chunk].to(self.latents)
         return self.latents[:, :, segment.start - self.at:segment.end - self.at]
 
     def choose(self, frames, control, offset):
@@ -196,6 +195,20 @@ class History:
             seen = control.c2w[:, s.sink:s.sink + m * s.chunk].unflatten(1, (m, s.chunk))
             scores = overlap(seen, control.c2w[:, self.n:self.n + frames], control.K[:, self.n])
         return set(select(scores.cpu(), self.shown, s.top))
+
+
+def behind_cache(model, x, sigma, condition, who):
+    """Velocity of the chunk at the end of x behind history that does not see it, zeros for the frames before: keys and
+    values are made once, for `who` asks and for each text, that is, for each branch of guidance."""
+    text, control, past = condition.text, condition.control, condition.past
+    (memory, frames), branch = model.compress(model, past, x.shape[2]), (who, id(text))
+    n = memory.clean
+    if branch not in past.kept:
+        own, (before, _) = control.frames(0, n) if control and n else None, past.before.get(branch, (None, None))
+        cache = model.prefill(x[:, :, :n], text, own, memory, frames[:n], before)
+        past.kept[branch] = cache, text                 # which keeps the text alive, and its id its own
+    v = model(x[:, :, n:], sigma[:, n:], text, control, past.kept[branch][0], frames)
+    return torch.cat([torch.zeros_like(x[:, :, :n]), v.to(x.dtype)], 2)
 
 
 # ---- Training --------------------------------------------------------------------------------------------------------
@@ -253,14 +266,15 @@ def budget(model, start, labels):
     if s is None:
         most = spec.window - K
         return f"history: the latest {most} of {frames} frames, {most * grid[0] * grid[1]:,} tokens"
-    plans = [s.plan(T, range(min(s.top, max(0, T - s.sink - s.recent) // s.chunk))) for T in range(start, frames + 1, K)]
+    blocks = lambda T: range(min(s.top, max(0, T - s.sink - s.recent) // s.chunk))
+    plans = [s.plan(T, blocks(T)) for T in range(start, frames + 1, K)]
     most = max(tokens(segments, grid) for segments in plans)
     kept = sum(min(segment.end - segment.start, 1 if segment.role == "tail" else frames)
                for segment in plans[-1] if segment.role != "mid" or s.kind != "packforcing")
     text = (f"history {s.kind}, attention {s.attention}: of {frames} frames ({frames * grid[0] * grid[1]:,} tokens) a "
             f"chunk sees at most {most:,} tokens; {kept} latent frames are kept, {kept * frame / 2 ** 20:.1f} MiB")
     if s.kind == "packforcing":
-        text += f", and on the host {max(0, frames - kept) * frame / 2 ** 20:.1f} MiB of blocks"
+        text += f", and on the host {max(0, frames - kept) * frame / 2 ** 21:.1f} MiB of blocks"
     if s.attention != "joint":
         text += f"; their keys and values take {4 * spec.dim * spec.layers * most / 2 ** 30:.2f} GiB in bf16"
     return text

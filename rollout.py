@@ -17,7 +17,7 @@ from common import autocast, generator, one_line_errors, parse, setup
 from control import Condition, Control, check_actions, parse_actions
 from encode import codec
 from flow import add_noise, euler, guide, schedule, velocity_to_x0
-from history import History, budget, configure
+from history import History, behind_cache, budget, configure
 from model import load
 from graphs import replayed
 from weights import ASSETS
@@ -29,18 +29,10 @@ def velocity_of(model):
     device = next(model.parameters()).device
 
     def velocity(x, sigma, condition):
-        text, control, past = condition.text, condition.control, condition.past
         with autocast(device):
-            if past is None or not past.reusable(model.compress.settings):
-                return model(x, sigma, text, control, past)
-            # History does not see the chunk: its keys and values are made once, for each branch of guidance
-            memory, frames = model.compress(model, past, x.shape[2])
-            n, branch = memory.clean, (velocity, id(text))
-            if branch not in past.kept:
-                own = control.frames(0, n) if control and n else None
-                past.kept[branch] = model.prefill(x[:, :, :n], text, own, memory, frames[:n], past.before.get(branch))
-            v = model(x[:, :, n:], sigma[:, n:], text, control, past.kept[branch], frames)
-            return torch.cat([torch.zeros_like(x[:, :, :n]), v.to(x.dtype)], 2)
+            if condition.past is not None and condition.past.reusable(model.compress.settings):
+                return behind_cache(model, x, sigma, condition, velocity)
+            return model(x, sigma, condition.text, condition.control, condition.past)
     return velocity
 
 

@@ -95,6 +95,8 @@ class Config:
             (negative, f"--{' --'.join(negative)} must not be negative"),
             (self.backbone not in PRESETS, f"unknown backbone '{self.backbone}'; choose {', '.join(PRESETS)}"),
             (self.tune not in ("full", "lora"), f"--tune is full or lora, got '{self.tune}'"),
+            (self.tune == "lora" and self.history not in ("", "none", "window"),
+             "--tune lora trains no compressor: leave out --history, for that of a teacher that has one"),
             (self.t2v + self.i2v > 1, f"--t2v {self.t2v} and --i2v {self.i2v} are shares, at most 1 together"),
             (self.short > 1 or self.ema >= 1, f"--short {self.short} is at most 1, --ema {self.ema} below 1"),
             (not 0 <= self.sigma_low < self.sigma_high <= 1,

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from compress import Detail, HistoryMemory, Past, Settings, attach, name_of, own_kernel
+import compress
+from compress import Detail, Past, Settings, name_of, own_kernel
 from model import build
-from scales import FINE, SIZES, WHOLE, Segment, cells, packed, part, places, plan, tokens
+from scales import FINE, SIZES, WHOLE, cells, packed, part, places, plan, tokens
 
 GRIDS = (30, 52), (15, 26)
 ALL = range(6001)
@@ -118,10 +119,11 @@ def backbone(request):
 
 def remember(model, kind, T, grid=(15, 26), latents=None, **fields):
     """A compressor for `model`, and a `Past` of all segments of T frames: random ones unless told."""
-    settings = Settings.of(model.spec, kind, **fields)
+    compressor = compress.build(kind, model, **fields)
+    settings = compressor.settings
     H, W = (n * p for n, p in zip(grid, model.spec.patch[1:]))
     x = torch.randn(2, model.spec.channels, T, H, W, generator=torch.Generator().manual_seed(T)) if latents is None else latents
-    return HistoryMemory(settings, model), past_of(settings.plan(T), x)
+    return compressor, past_of(settings.plan(T), x)
 
 
 def past_of(segments, x):

@@ -2,21 +2,25 @@
 
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import common
+import horizon
 import model as models
+import rollout as rollouts
 import train_stage1 as one
 import train_stage2 as two
 import world
 from compress import Settings, attach
 from control import Condition, Control
 from flow import schedule
-from history import History, behind, budget, clean_frames, content, draw_past, overlap, room, select
+from history import History, behind, budget, clean_frames, configure, content, draw_past, overlap, room, select
 from model import build, load, preset
 from rollout import WorldModel, guided, rollout, velocity_of
 from scales import part
@@ -73,8 +77,8 @@ def test_a_history_kept_in_pieces_shows_what_the_whole_one_would(kind, fields, s
             exact = x[:, :, segment.start:segment.end]
             if segment.role == "tail":
                 torch.testing.assert_close(latents, exact.mean((2, 3, 4), keepdim=True), atol=1e-5, rtol=0)
-            else:
-                assert torch.equal(latents, exact)
+            else:                                       # PackForcing's blocks are stored in half precision
+                assert torch.equal(latents, exact.half().float() if kind == "packforcing" and segment.role == "mid" else exact)
 
 
 def test_what_is_kept_stops_growing():
@@ -192,7 +196,7 @@ def test_cached_history_gives_the_rollout_of_the_whole_forward(kind, fields, att
     cached = roll(model, frames_of(20), 32, velocity)
     monkeypatch.setattr(models.compress.Past, "reusable", lambda self, settings: False)
     whole = roll(model, frames_of(20), 32, velocity)
-    torch.testing.assert_close(cached, whole, atol=2e-4, rtol=0)
+    torch.testing.assert_close(cached, whole, atol=1e-5, rtol=0)
     model.compress.settings = replace(model.compress.settings, attention="joint")
     assert (roll(model, frames_of(20), 32, velocity) - whole).abs().max() > 1e-3        # it is another function
 
@@ -216,7 +220,7 @@ def test_a_segment_that_lives_on_is_not_computed_again():
 
 def operations(world_model, n):
     """Operations of a chunk behind n frames."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         world_model.step([9] * 4)
     return counter.get_total_flops()
 
@@ -236,6 +240,31 @@ def test_a_chunk_costs_the_same_whatever_came_before(kind, fields):
         costs.append(operations(player, n))
         kept.append(player.history.latents.nbytes + player.history.first.nbytes + player.actions[:, :40].nbytes)
     assert kept[0] == kept[1] and costs[0] == pytest.approx(costs[1], rel=1e-3 if kind == "packforcing" else 0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["joint", "self", "segment"])
+@pytest.mark.parametrize("kind, frames", [("none", 12), ("window", 60), ("framepack", 60), ("packforcing", 100)])
+def test_the_operations_of_a_chunk_are_those_that_are_planned(kind, frames, attention):
+    model = network(kind, attention=attention, **{"choose": "recency"} if kind == "packforcing" else {})
+    history = horizon.filled(model, frames - 4, (24, 8, 12))
+    velocity, text = velocity_of(model), condition(1).text
+    told = lambda: Condition(text, condition(history.n + 4 - history.begin()).control)
+    once = lambda: rollouts.chunks(velocity, told(), history, history.n + 4, SIGMAS, 4, torch.randn, rollouts.few_step, lambda n: {},
+                                   history.begin())
+    once()                                              # segments of the chunk before are cached
+    seen, planned = horizon.expected(model, frames, (4, 6), 2)
+    clean, _, past = history.copy().view(4)
+    with FlopCounterMode(display=False) as counter:
+        memory, _ = model.compress.remember(model, past)
+    encoding = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        once()
+    assert seen == memory.tokens.shape[1] + clean.shape[2] * 24
+    counts = counter.get_flop_counts()["Global"]
+    attention_only = counts.pop(torch.ops.aten.bmm)
+    assert attention_only == pytest.approx(planned["self_attention"] + planned["text_attention"], rel=0.01)
+    assert sum(counts.values()) - encoding == pytest.approx(planned["linear"], rel=0.08)    # a prefill has no head
 
 
 def test_a_world_with_memory_can_be_gone_back_to_and_told_apart():
@@ -295,7 +324,7 @@ def test_a_checkpoint_carries_its_compressor_and_how_it_is_used(tmp_path, monkey
 def test_a_budget_is_told_before_it_is_spent():
     line = budget(network("framepack"), 4, 4797)
     assert "of 4800 frames (115,200 tokens) a chunk sees at most 90 tokens; " in line and "latent frames are kept" in line
-    assert "on the host 42.1 MiB" in budget(network("packforcing"), 4, 4797)
+    assert "on the host 21.1 MiB" in budget(network("packforcing"), 4, 4797)
     assert "the latest 8 of 99 frames" in budget(network(), 4, 96)
     assert "GiB in bf16" in budget(network("window", attention="self"), 4, 96)
 
@@ -375,13 +404,16 @@ def test_teacher_and_critic_are_given_the_past_that_the_student_had(tiny, monkey
         assert clip.cond.control.actions.shape[1] == T
 
 
-def test_flags_that_contradict_each_other_are_named():
-    for script, flags, words in ((one, ["--past", "8"], "--past"), (one, ["--past", "-1", "--history", "window"], "--past")):
+def test_flags_that_contradict_each_other_are_named(capsys):
+    for script, flags, words in ((one, ["--past", "8"], "--past"), (one, ["--past", "-1", "--history", "window"], "--past"),
+                                 (two, ["--tune", "lora", "--history", "framepack"], "--tune lora trains no compressor")):
         with pytest.raises(SystemExit):
             common.parse(script.Config, flags)
-    from types import SimpleNamespace
-    from history import configure
+        assert words in capsys.readouterr().err
     with pytest.raises(ValueError, match="--attention: these weights have no history"):
         configure(network(), SimpleNamespace(history="", attention="self", recent=0, choose=""))
+    for kind, recent, choose, words in (("none", 2, "", "leave out --recent"), ("framepack", 0, "fov", "leave out --choose")):
+        with pytest.raises(ValueError, match=words):
+            configure(network(), SimpleNamespace(history=kind, attention="", recent=recent, choose=choose))
     with pytest.raises(ValueError, match="choose none, window"):
         configure(network(), SimpleNamespace(history="all", attention="", recent=0, choose=""))

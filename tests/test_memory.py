@@ -26,7 +26,7 @@ BACKBONES = {
     "ltx2.3-22b": dict(dim=64, heads=4, ffn=64, layers=3, channels=4, text_dim=64, stride=(8, 16, 16))}
 each = pytest.mark.parametrize("name", BACKBONES)
 cached = pytest.mark.parametrize("mode", ["self", "segment"])
-KINDS = [None, "adaln+text+plucker+prope", "prope", "plucker", "text"]
+KINDS = [None, "adaln+text+plucker+prope", "prope"]
 B, T, CLEAN, ROWS, COLUMNS = 2, 5, 2, 2, 3
 L = ROWS * COLUMNS
 LENGTHS = (6, 4, 4, 3)                                                                  # of segments: two are alike
@@ -257,6 +257,18 @@ def test_attention_without_masks_is_one_softmax_under_a_mask(mode, padding):
 
 
 @each
+@torch.no_grad()
+def test_in_one_block_the_chunk_hears_the_same_in_all_modes(name, monkeypatch):
+    """Modes differ in what history becomes; what a chunk sees of it, cameras included, is all of it in each."""
+    monkeypatch.setitem(BACKBONES, name, {**BACKBONES[name], "layers": 1})
+    model = network(name, KINDS[1])
+    x, sigma = window(model)
+    joint, own, segment = (model(x, sigma, words(name), told(), memory_of(model, mode), PLACES)[:, :, CLEAN:]
+                           for mode in ("joint", "self", "segment"))
+    close(own, joint), close(segment, joint)
+
+
+@each
 @cached
 @torch.no_grad()
 def test_history_is_deaf_to_the_chunk_but_under_joint_it_is_not(name, mode):
@@ -416,25 +428,45 @@ def test_operations_of_a_chunk_agree_with_a_counter(name, mode):
 
 # ---- Training and running --------------------------------------------------------------------------------------------
 
+def everything(model, mode):
+    """Velocity and gradients of a forward that trains, and under a cached mode that of a step behind a prefill."""
+    x, sigma = window(model)
+    memory, control = memory_of(model, mode), told() if model.control else None
+    tokens, text = memory.tokens.requires_grad_(), words(model.spec.name)
+    v = model(x, sigma, text, control, memory, PLACES)
+    v[:, :, CLEAN:].square().mean().backward()
+    steps = []
+    if mode != "joint":
+        with torch.no_grad():
+            cache = model.prefill(x[:, :, :CLEAN], text, control and control.frames(0, CLEAN), memory, PLACES[:CLEAN])
+            steps = [model(x[:, :, CLEAN:], sigma[:, CLEAN:], text, control, cache, PLACES)]
+    return v.detach(), tokens.grad, *steps, *(p.grad for p in model.parameters() if p.grad is not None)
+
+
+@each
+def test_blocks_under_checkpointing_have_the_same_gradients(name):
+    plain, again = (everything(change(network(name, KINDS[1])), "segment") for change in (lambda model: model, checkpoint_blocks))
+    for a, b in zip(again, plain, strict=True):
+        close(a, b)
+
+
+@pytest.mark.parametrize("name", ["hunyuan1.5-8b", *(pytest.param(name, marks=pytest.mark.slow) for name in BACKBONES if name[:3] != "hun")])
+def test_blocks_share_one_compilation_per_pass_without_graph_breaks(name):
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    before, plain = graphs["unique_graphs"], everything(network(name), "segment")
+    for a, b in zip(everything(compile_blocks(network(name), fullgraph=True, backend="eager"), "segment"), plain, strict=True):
+        close(a, b)
+    assert graphs["unique_graphs"] == before + 3                                        # training, prefill, step
+
+
+@pytest.mark.slow
 @each
 @pytest.mark.parametrize("mode", ["joint", "self", "segment"])
 def test_checkpointed_and_compiled_blocks_are_the_same(name, mode):
-    def run(model):
-        x, sigma = window(model)
-        memory = memory_of(model, mode)
-        tokens = memory.tokens.requires_grad_()
-        v = model(x, sigma, words(name), told(), memory, PLACES)
-        v[:, :, CLEAN:].square().mean().backward()
-        steps = []
-        if mode != "joint":
-            with torch.no_grad():
-                cache = model.prefill(x[:, :, :CLEAN], words(name), told().frames(0, CLEAN), memory, PLACES[:CLEAN])
-                steps = [model(x[:, :, CLEAN:], sigma[:, CLEAN:], words(name), told(), cache, PLACES)]
-        return v.detach(), tokens.grad, *steps, *(p.grad for p in model.parameters() if p.grad is not None)
     torch._dynamo.reset()
-    plain = run(network(name, KINDS[1]))
     model = compile_blocks(checkpoint_blocks(network(name, KINDS[1])), fullgraph=True, backend="eager")
-    for a, b in zip(run(model), plain, strict=True):
+    for a, b in zip(everything(model, mode), everything(network(name, KINDS[1]), mode), strict=True):
         close(a, b)
 
 

@@ -21,10 +21,10 @@ from common import (EMA, data_rank, derive, descend, one_line_errors, parse, pro
                     setup, shutdown)
 from parallel import Layout, checkpoint_blocks, compile_blocks
 from control import NO_ACTION, Condition, Control, attach
-from data import WorldStream
+from data import RandomStream, WorldStream
 from encode import codec
 from flow import add_noise, draw_sigma, flow_loss
-from model import PRESETS, build, load
+from model import PRESETS, build, build_on, load
 from weights import save
 from rollout import velocity_of
 
@@ -34,7 +34,7 @@ class Config:
     """Stage 1 of BiWM: control fine-tuning. Running the same command again resumes."""
     backbone: str = "tiny"          # a preset of model.py
     control: str = "adaln"          # how control enters: adaln, text, plucker, prope, or several joined by +
-    init: str = ""                  # weights to start from, official or of an earlier run; empty: random
+    init: str = ""                  # weights to start from; empty: random; random: data too, for speed and memory only
     init_partial: bool = False      # take of them what fits: other control, missing or surplus tensors
     train: str = "all"              # all weights, or control: only those of --control, on a frozen --init
     save_trained: bool = False      # with --train control: save those alone; --init is needed to load them
@@ -175,6 +175,8 @@ def initial_model(cfg, coder, layout, device):
         return layout.place(checkpoint_blocks(model) if cfg.recompute else model)
 
     reseed(cfg.seed, "initialisation")
+    if cfg.init == "random":
+        return prepare(build_on(device, torch.float32, cfg.backbone, control=None))
     if cfg.init:
         return load(cfg.backbone, cfg.init, device, control=cfg.control, partial=cfg.init_partial, prepare=prepare)
     return prepare(build(cfg.backbone, None).to(device))
@@ -193,9 +195,13 @@ def save_teacher(model, ema, cfg, step):
 def prepare(cfg):
     """The networks, the data and the run folder; bad input ends here with one line."""
     device = setup()
-    layout, coder = Layout(device, cfg.shard, cfg.replicas, cfg.sequence), codec(cfg.backbone, device)
+    layout = Layout(device, cfg.shard, cfg.replicas, cfg.sequence)
+    if cfg.init == "random":
+        coder = stream = RandomStream(PRESETS[cfg.backbone], cfg.seed, device)
+    else:
+        coder = codec(cfg.backbone, device)
+        stream = WorldStream(coder, cfg.seed, cfg.pool, max(48, cfg.frames), cfg.refresh * cfg.accumulate)
     model = initial_model(cfg, coder, layout, device)
-    stream = WorldStream(coder, cfg.seed, cfg.pool, max(48, cfg.frames), cfg.refresh * cfg.accumulate)
     return device, model, coder, stream, Run(cfg.out, cfg)
 
 
@@ -223,8 +229,9 @@ def main(cfg):
         ema.update(model, min(cfg.ema, (1 + step) / (10 + step)))          # early on, forget the random start sooner
 
         if step % cfg.log_every == 0 or step + 1 == cfg.steps:
-            run.log(step, loss=loss, norm=norm, lr=group["lr"])
-        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
+            gib = {"peak_gib": torch.cuda.max_memory_allocated() / 2 ** 30} if device.type == "cuda" else {}
+            run.log(step, loss=loss, norm=norm, lr=group["lr"], **gib)
+        if cfg.init != "random" and ((step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps):
             save_teacher(model, ema, cfg, step + 1)     # before the checkpoint: a complete one never lacks its weights
             save_checkpoint(cfg.out, step + 1, *state)
     shutdown()

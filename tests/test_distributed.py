@@ -132,8 +132,6 @@ def trained(fields, joined=False, steps=2):
         else:
             loss_of(net(*clip(net, 10 * step + rank()))).backward()
             norms.append(descend(optimizer, 0.01, "it"))
-            with torch.no_grad():       # as in stage 2: what a forward without a backward gathers must not outlive a step
-                net(*clip(net, 99))
         ema.update(net)
     assert min(norms) > 0.02
     return {k: whole(v).detach() for k, v in net.state_dict().items()}, {k: whole(v) for k, v in ema.average.items()}, norms
@@ -190,7 +188,11 @@ def several_forwards_may_await_one_backward():
             with torch.no_grad():
                 net(*clip(net, 50 + i))
         total.backward()
-        results.append({k: whole(p.grad) for k, p in net.named_parameters()})
+        grads = {k: whole(p.grad) for k, p in net.named_parameters()}
+        with torch.no_grad():           # what this gathers must not outlive the step
+            net(*clip(net))
+            descend(torch.optim.SGD(net.parameters(), 1.0), 1.0, "it")
+            results.append({"after": net(*clip(net)), **grads})
     same(results[1], results[0])
 
 

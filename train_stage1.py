@@ -22,11 +22,11 @@ from common import (EMA, alarm, data_rank, derive, descend, one_line_errors, par
 from faults import Finite, together
 from parallel import Layout, checkpoint_blocks, compile_blocks
 from control import NO_ACTION, Condition, Control, attach
-from data import WorldStream
+from data import RandomStream, WorldStream
 from encode import codec
 from flow import add_noise, draw_sigma, flow_loss
 from history import behind, clean_frames, configure, draw_past
-from model import PRESETS, build, load
+from model import PRESETS, build, build_on, load
 from weights import save
 from rollout import velocity_of
 
@@ -36,7 +36,7 @@ class Config:
     """Stage 1 of BiWM: control fine-tuning. Running the same command again resumes."""
     backbone: str = "tiny"          # a preset of model.py
     control: str = "adaln"          # how control enters: adaln, text, plucker, prope, or several joined by +
-    init: str = ""                  # weights to start from, official or of an earlier run; empty: random
+    init: str = ""                  # weights to start from; empty: random; random: data too, for speed and memory only
     init_partial: bool = False      # take of them what fits: other control, missing or surplus tensors
     train: str = "all"              # all weights, or control: only those of --control, on a frozen --init
     save_trained: bool = False      # with --train control: save those alone; --init is needed to load them
@@ -188,7 +188,9 @@ def initial_model(cfg, coder, layout, device):
         return layout.place(checkpoint_blocks(model) if cfg.recompute else model)
 
     reseed(cfg.seed, "initialisation")
-    if cfg.init:
+    if cfg.init == "random":
+        model = prepare(build_on(device, torch.float32, cfg.backbone, control=None))
+    elif cfg.init:
         model = load(cfg.backbone, cfg.init, device, control=cfg.control, partial=cfg.init_partial, prepare=prepare)
     else:
         model = prepare(build(cfg.backbone, None).to(device))
@@ -208,11 +210,15 @@ def save_teacher(model, ema, cfg, run, step):
 def prepare(cfg):
     """The networks, the data and the run folder; bad input ends here with one line."""
     device = setup()
-    layout, coder = Layout(device, cfg.shard, cfg.replicas, cfg.sequence), codec(cfg.backbone, device)
+    layout = Layout(device, cfg.shard, cfg.replicas, cfg.sequence)
+    if cfg.init == "random":
+        coder = stream = RandomStream(PRESETS[cfg.backbone], cfg.seed, device)
+    else:
+        coder = codec(cfg.backbone, device)
+        stream = WorldStream(coder, cfg.seed, cfg.pool, max(48, cfg.frames + cfg.past + 1),
+                             cfg.refresh * cfg.accumulate)
     model = initial_model(cfg, coder, layout, device)
-    length = max(48, cfg.frames + cfg.past + 1)
-    stream = WorldStream(coder, cfg.seed, cfg.pool, length, cfg.refresh * cfg.accumulate)
-    return device, model, coder, stream, Run(cfg.out, cfg, 1, cfg.init)
+    return device, model, coder, stream, Run(cfg.out, cfg, 1, "" if cfg.init == "random" else cfg.init)
 
 
 @together()
@@ -247,8 +253,10 @@ def main(cfg):
             ema.update(model, min(cfg.ema, (1 + step) / (10 + step)))      # early on, forget the random start sooner
 
         if step % cfg.log_every == 0 or step + 1 == cfg.steps:
-            run.log(step, loss=loss, norm=norm, lr=group["lr"], skipped=finite.total)
-        if run.due(step + 1, cfg.steps, cfg.save_every):
+            gib = {"peak_gib": torch.cuda.max_memory_allocated() / 2 ** 30} if device.type == "cuda" else {}
+            run.log(step, loss=loss, norm=norm, lr=group["lr"], skipped=finite.total, **gib)
+        due = run.due(step + 1, cfg.steps, cfg.save_every)
+        if run.asked if cfg.init == "random" else due:          # noise is not worth a file, but for who asks by a signal
             save_teacher(model, ema, cfg, run, step + 1)        # first: a complete checkpoint never lacks its weights
             save_checkpoint(cfg.out, step + 1, *state, keep=cfg.keep)
             run.leave_if_asked(step + 1)

@@ -191,7 +191,11 @@ def several_forwards_may_await_one_backward():
             with torch.no_grad():
                 net(*clip(net, 50 + i))
         total.backward()
-        results.append({k: whole(p.grad) for k, p in net.named_parameters()})
+        grads = {k: whole(p.grad) for k, p in net.named_parameters()}
+        with torch.no_grad():           # what this gathers must not outlive the step
+            net(*clip(net))
+            descend(torch.optim.SGD(net.parameters(), 1.0), 1.0, "it")
+            results.append({"after": net(*clip(net)), **grads})
     same(results[1], results[0])
 
 

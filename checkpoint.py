@@ -102,7 +102,9 @@ class Run:
 
     def header(self, **notes):
         """What a file of weights says of itself."""
-        return header(self.facts, **notes)
+        settings = self.facts["settings"]
+        facts = {key: value for key, value in self.facts.items() if key != "settings"}
+        return {"seed": settings["seed"], "config": json.dumps(settings), "actions": ACTION_SPEC, **facts, **notes}
 
     def progress(self, start, stop, what):
         """Iterate over the steps left, with a progress bar on rank 0; meanwhile signals ask for a checkpoint."""
@@ -151,12 +153,6 @@ def clips_per_update(facts):
     """Clips of all processes together in one update; a setting that a script does not have is 1."""
     batch, accumulate, sequence = (facts["settings"].get(name, 1) for name in ("batch", "accumulate", "sequence"))
     return batch * accumulate * facts["processes"] / sequence
-
-
-def header(facts, **notes):
-    """The header of a file of weights, from the facts of its run."""
-    facts = {"seed": facts["settings"]["seed"], "config": json.dumps(facts["settings"]), **facts}
-    return {"actions": ACTION_SPEC, **{key: value for key, value in facts.items() if key != "settings"}, **notes}
 
 
 # ---- Saving ----------------------------------------------------------------------------------------------------------

@@ -10,8 +10,9 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
 
-from checkpoint import header, newest
+from checkpoint import newest
 from common import one_line_errors, parse
 from lora import Adapters
 from model import PRESETS, load
@@ -42,7 +43,10 @@ def read_part(path, *where):
 
 
 def export(cfg):
-    """The file is that of the run: adapters are folded into the teacher that they adapt. Returns the checkpoint."""
+    """The file is as those that the run writes: adapters are folded into the teacher that they adapt.
+
+    Its header is theirs, with the step of the checkpoint, which is returned.
+    """
     if not (facts := Path(cfg.run) / "config.json").exists():
         raise OSError(f"{cfg.run} is no run folder: it has no config.json")
     facts = json.loads(facts.read_text())
@@ -56,11 +60,13 @@ def export(cfg):
         raise OSError(f"{cfg.run} has no checkpoint yet")
     weights = read_part(path, *{"teacher": ("averages", "model"), "student": ("averages", "student"),
                                 "critic": ("modules", "critic")}[what])
+    with safe_open(Path(cfg.run) / f"{result}.safetensors", "numpy") as file:   # it is there before any checkpoint
+        notes = {key: note for key, note in file.metadata().items() if key not in ("base", "steps", "updates")}
     if settings.get("tune") == "lora":
         base = load(settings["backbone"], settings["teacher"])
         weights = Adapters(base, [what], settings["rank"]).merged(what, weights)
-    save(SimpleNamespace(spec=PRESETS[settings["backbone"]]), cfg.out, weights=weights,
-         **header(facts, step=int(path.name[-8:]), what=what))
+    save(SimpleNamespace(spec=PRESETS[settings["backbone"]], compress=None), cfg.out, weights=weights,
+         **notes | {"step": int(path.name[-8:]), "what": what})
     return path
 
 

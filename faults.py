@@ -33,13 +33,13 @@ class Signals:
     """Notes signals until the loop asks for them; a second SIGINT ends the process as it always did."""
 
     def __init__(self):
-        self.noted, self.group, self.usual = 0, None, {}
+        self.noted, self.group, self.usual = [], None, {}
 
     def install(self):
         """From here on there is something to save; before, and after `restore`, signals do what they always do."""
         if world_size() > 1:                        # a group of the processors: asking does not wait for the GPU
             self.group = dist.new_group(backend="gloo")
-        self.noted = 0
+        self.noted.clear()
         self.usual = {number: signal.signal(number, self.note) for number in ASKS}
 
     def restore(self):
@@ -48,16 +48,18 @@ class Signals:
         self.usual = {}
 
     def note(self, number, frame):
-        self.noted = max(self.noted, ASKS[number])
+        self.noted.append(ASKS[number])
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def asked(self):
         """0, SAVE, or the exit code to leave with: the most that any rank was asked for since the last call."""
-        noted, self.noted = torch.tensor(self.noted), 0
+        most = torch.tensor(0)
+        while self.noted:                           # one by one: another may come at any moment
+            most.clamp_(min=self.noted.pop())
         if world_size() > 1:
-            dist.all_reduce(noted, dist.ReduceOp.MAX, self.group)
-        return int(noted)
+            dist.all_reduce(most, dist.ReduceOp.MAX, self.group)
+        return int(most)
 
 
 SIGNALS = Signals()                                 # handlers belong to the process, so there is one

@@ -450,7 +450,7 @@ def test_weights_can_be_taken_out_at_any_time(small, monkeypatch):
         assert_equal(load_file(small / "out.safetensors"), load_file(own))
         with safe_open(small / "out.safetensors", "pt") as file, safe_open(own, "pt") as other:
             notes, its = file.metadata(), other.metadata()
-        for note in ("stage", "backbone", "parent", "actions", "config", "commit", "seed"):
+        for note in {"stage", "backbone", "parent", "actions", "config", "commit", "seed"}:
             assert notes[note] == its[note] and notes[note], note
         assert notes["actions"] == "biwm-81.1" and notes["step"] == "3" and json.loads(notes["config"])["pool"] == 2
         assert notes["parent"] == ("random" if module is one else checkpoint._sha256(small / "teacher.safetensors"))
@@ -648,9 +648,9 @@ def test_ranks_that_hang_in_a_collective_are_ended_too(tmp_path):
         if common.rank() == 1:
             time.sleep(0.3)
             common.fail("nothing to do")
-        common.barrier()                                                                # rank 1 will never come
+        time.sleep(300)                                 # as in a collective of GPUs, which notices nothing
     ranks = Processes(tmp_path, work, 2)
-    assert ranks.wait(20) == [1, 1]
+    assert ranks.wait() == [1, 1]
     zero, one_ = ranks.said()
     assert zero.startswith("rank 0: stopped, because of rank 1") and "error: nothing to do" in zero
     assert "Traceback" not in zero + one_

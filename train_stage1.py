@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import qat
 from checkpoint import Run, load_checkpoint, save_checkpoint
 from common import (EMA, derive, descend, one_line_errors, parse, provenance, rank, require_positive, reseed, setup,
                     shutdown)
@@ -59,6 +60,7 @@ class Config:
     refresh: int = 500              # steps until they are replaced
     log_every: int = 20             # steps between log lines
     compile: bool = False           # torch.compile the transformer blocks
+    quant: str = "none"             # fp8: matmuls in 8 bits, forward and backward (Ada, Hopper and later)
     cuda_graphs: bool = False       # with --compile on a GPU: launch the network as CUDA graphs
 
     def __post_init__(self):
@@ -77,6 +79,7 @@ class Config:
             raise ValueError("the --drop shares are at most 1 together, --ema is below 1, --warmup is not negative")
         if self.cuda_graphs and not (self.compile and torch.cuda.is_available()):
             raise ValueError("--cuda_graphs needs --compile and a GPU")
+        qat.check(self.quant, ["fp8"])
         if self.frames < 2 * PRESETS[self.backbone].chunk:
             raise ValueError(f"--frames must hold two chunks of {PRESETS[self.backbone].chunk}, got {self.frames}")
 
@@ -187,6 +190,7 @@ def prepare(cfg):
     device = setup()
     coder = codec(cfg.backbone, device)
     model = initial_model(cfg, coder, device)
+    qat.apply(model, cfg.quant)
     stream = WorldStream(coder, cfg.seed, cfg.pool, max(48, cfg.frames), cfg.refresh)
     return device, model, coder, stream, Run(cfg.out, cfg)
 

@@ -27,10 +27,12 @@ def check(quant, allowed=ROUNDING):
 
 
 def apply(model, quant):
-    """Make `model` compute with the rounding `quant`, in place; none changes nothing. Errors: see `quantize_model`."""
+    """`model`, which from now on computes with the rounding `quant`, a name above or a mode of `quantize_model`. Before
+    adapters, compilation and sharding; none changes nothing. Errors: those of `quantize_model`."""
     if quant != "none":
         mode, options = ROUNDING.get(quant, (quant, {}))
         quantize_model(model, mode, **options)
+    return model
 
 
 def exactly(model, velocity):

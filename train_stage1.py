@@ -21,6 +21,7 @@ from checkpoint import Run, load_checkpoint, save_checkpoint
 from common import (EMA, derive, descend, one_line_errors, parse, provenance, rank, require_positive, reseed, setup,
                     shutdown)
 from parallel import compile_blocks
+from plan import dry_run
 from control import NO_ACTION, Condition, Control, attach
 from data import WorldStream
 from encode import codec
@@ -189,8 +190,7 @@ def prepare(cfg):
     """The networks, the data and the run folder; bad input ends here with one line."""
     device = setup()
     coder = codec(cfg.backbone, device)
-    model = initial_model(cfg, coder, device)
-    qat.apply(model, cfg.quant)
+    model = qat.apply(initial_model(cfg, coder, device), cfg.quant)
     stream = WorldStream(coder, cfg.seed, cfg.pool, max(48, cfg.frames), cfg.refresh)
     return device, model, coder, stream, Run(cfg.out, cfg)
 
@@ -226,4 +226,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    main(parse(Config))
+    main(parse(Config, dry_run=lambda cfg: dry_run(1, cfg, draw_frames)))

@@ -21,6 +21,7 @@ from checkpoint import Run, load_checkpoint, save_checkpoint
 from common import (EMA, derive, descend, fail, mean_over_ranks, one_line_errors, parse, provenance, rank,
                     require_positive, reseed, setup, shutdown)
 from parallel import checkpoint_blocks, compile_blocks
+from plan import dry_run
 from data import RandomStream, WorldStream
 from dmd import Clip, Discriminator, Head, Networks, Recipe, critic_gradients, student_gradients
 from encode import codec
@@ -83,8 +84,8 @@ class Config:
     def __post_init__(self):
         require_positive(self, "steps", "save_every", "batch", "accumulate", "rank", "denoise", "critic_steps", "lr",
                          "critic_lr", "head_lr", "clip", "pool", "refresh", "patience")
-        negative = [f for f in ("past", "grow", "guidance", "gan", "teacher_fkl", "real_fkl", "sft", "quant_loss", "t2v",
-                                "critic_warmup", "validate", "preview", "health", "i2v", "short", "ema")
+        negative = [f for f in ("past", "grow", "guidance", "gan", "teacher_fkl", "real_fkl", "sft", "quant_loss",
+                                "critic_warmup", "validate", "preview", "health", "t2v", "i2v", "short", "ema")
                     if getattr(self, f) < 0]
         wrong = [
             (negative, f"--{' --'.join(negative)} must not be negative"),
@@ -110,24 +111,23 @@ def networks(cfg, device):
 
     All start from one checkpoint. What learns has fp32 weights; on a GPU the frozen teacher is bf16.
     """
-    def network(dtype):
+    def network(dtype, quant="none"):
         reseed(cfg.seed, "initialisation")
-        return build_on(device, dtype, cfg.backbone) if cfg.teacher == "random" else \
-            load(cfg.backbone, cfg.teacher, device, dtype)
+        return qat.apply(build_on(device, dtype, cfg.backbone) if cfg.teacher == "random" else
+                         load(cfg.backbone, cfg.teacher, device, dtype), quant)
 
-    teacher = network(torch.bfloat16 if device.type == "cuda" else torch.float32).requires_grad_(False).eval()
+    teacher = network(torch.bfloat16 if device.type == "cuda" else torch.float32,
+                      cfg.quant if cfg.tune == "lora" else "none").requires_grad_(False).eval()
     if teacher.control is None:
         raise ValueError(f"{cfg.teacher} has no control parameters; stage 2 distils a stage-1 teacher")
     if cfg.tune == "lora":
-        qat.apply(teacher, cfg.quant)           # before there are adapters on it
         kind = Adapters if cfg.quant == "none" else qat.RoundedAdapters
         adapters = kind(teacher, ("student", "critic"), cfg.rank)
         models, learning, using = [teacher] * 3, dict(adapters.sets), adapters.using
         velocities = [adapters.velocity(velocity_of(teacher), name) for name in (None, "student", "critic")]
         weights = lambda values: adapters.merged("student", values)
     else:
-        learning = {name: network(torch.float32) for name in ("student", "critic")}
-        qat.apply(learning["student"], cfg.quant)
+        learning = {"student": network(torch.float32, cfg.quant), "critic": network(torch.float32)}
         models, using, weights = [teacher, *learning.values()], lambda name: nullcontext(), lambda values: values
         velocities = [velocity_of(model) for model in models]
     exact = None if cfg.quant == "none" else qat.exactly(models[1], velocities[1])
@@ -254,8 +254,7 @@ def finish(cfg, run, coder, teacher, guidance, nets):
     """Curves, the table and a side-by-side video, made from the weights that were saved."""
     curves(run.folder)
     if cfg.preview:
-        student = load(cfg.backbone, run.folder / "student.safetensors", coder.device)
-        qat.apply(student, cfg.quant)
+        student = qat.apply(load(cfg.backbone, run.folder / "student.safetensors", coder.device), cfg.quant)
         rows = samplers_of(teacher, [student], guidance, few=cfg.denoise)
         with nets.using(None):
             final_table(run.folder, coder, rows, cfg.preview, not cfg.teacher and guidance == teacher.spec.guidance)
@@ -264,4 +263,4 @@ def finish(cfg, run, coder, teacher, guidance, nets):
 
 
 if __name__ == "__main__":
-    main(parse(Config))
+    main(parse(Config, dry_run=lambda cfg: dry_run(2, cfg)))

@@ -255,7 +255,6 @@ def main(mode, cfg):
 
 if __name__ == "__main__":
     commands = {"forward": (main, Config), "train": (main, Config), "plan": (plan.main, plan.Config)}
-    usage = "usage: python bench.py forward|train|plan [flags]; --help after each lists the flags"
-    run, config = commands.get("".join(sys.argv[1:2])) or sys.exit(usage)
+    run, config = commands.get("".join(sys.argv[1:2])) or sys.exit("usage: python bench.py forward|train|plan [flags]")
     with one_line_errors():
         run(sys.argv[1], parse(config, sys.argv[2:]))

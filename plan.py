@@ -96,9 +96,9 @@ def memory(job, state, mode):
 
 def table(job, state):
     """The plan as lines, a column for each way of checkpointing."""
-    spec, T = job.spec, max(call.frames for tally in job.tallies for call in tally.calls)
-    count = lambda f: sum(map(f, job.tallies)) / len(job.tallies)
-    rows, columns = spec.grid(*spec.size[1:])
+    spec, draws = job.spec, len(job.tallies)
+    calls = [call for tally in job.tallies for call in tally.calls]
+    T, (rows, columns) = max(call.frames for call in calls), spec.grid(*spec.size[1:])
     cells, peaks, means = {}, [], []
     for mode in MODES:
         for kind, n in (parts := memory(job, state, mode)).items():
@@ -114,12 +114,12 @@ def table(job, state):
     return [
         f"{spec.name}, {spec.size[1]}x{spec.size[2]}: up to {T} latent frames of {rows}x{columns} tokens at once, "
         f"{T * rows * columns:,}; {job.gpus} GPU{'s' * (job.gpus > 1)}, {job.shard}",
-        f"an update: {count(lambda t: len(t.calls)):.1f} forwards of {job.batch} clips a GPU, with backward "
-        f"{count(lambda t: sum(bool(c.asked) for c in t.calls)):.1f} (means of {len(job.tallies)} draws); on one GPU:", "",
+        f"an update: {len(calls) / draws:.1f} forwards of {job.batch} clips a GPU, with backward "
+        f"{sum(bool(call.asked) for call in calls) / draws:.1f} (means of {draws} draws); on one GPU:", "",
         f"{'checkpointing':24}" + "".join(f"{mode:>12}" for mode in MODES),
         *(f"{name:24}" + "".join(f"{cell:>12}" for cell in row) for name, row in cells.items()), "",
-        "Seconds an update with compiled blocks, without communication, codecs, optimizer, and what 8-bit matmuls gain; "
-        "small networks", "wait for kernel launches instead."]
+        "Seconds an update with compiled blocks, without communication, codecs, optimizer and what 8-bit matmuls gain;",
+        "networks of a few million parameters wait for kernel launches instead."]
 
 
 def show(stage, cfg, spec, gpus, frames, **layout):

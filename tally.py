@@ -74,16 +74,16 @@ def stage1_calls(frames, accumulate=1):
 def stage2_calls(cfg, spec, shared):
     """The calls of one update of stage 2, all its critic updates included: the body of its loop."""
     tally, actions = Tally(), torch.zeros(1, cfg.frames + cfg.past, dtype=torch.long)
-    nets = {who: tally.network(who, who != "teacher") for who in ("teacher", "student", "critic")}
-    logits = lambda x, sigma, condition: nets["critic"](x, sigma, condition).mean((1, 3, 4))
-    nets = Networks(*nets.values(), logits, lambda name: nullcontext(), nets["student"])
+    teacher, student, critic = (tally.network(who, who != "teacher") for who in ("teacher", "student", "critic"))
+    logits = lambda x, sigma, condition: critic(x, sigma, condition).mean((1, 3, 4))
+    nets = Networks(teacher, student, critic, logits, lambda name: nullcontext(), student)
     recipe = Recipe(2.0, spec.shift, cfg.sigma_low, cfg.sigma_high, cfg.denoise, cfg.gan, cfg.teacher_fkl, cfg.real_fkl,
                     cfg.sft, cfg.quant_loss * (cfg.quant != "none"), cfg.quant_softmax)
     plan = draw_plan(shared, spec, cfg.frames, cfg.t2v, cfg.i2v, cfg.past, None, cfg.short)
     stop = plan.frames - plan.first - spec.chunk * shared.randrange(plan.made // spec.chunk)
     for _ in range(cfg.accumulate):
         x, condition = torch.randn(1, 1, plan.frames, 1, 1), Condition({}, Control(actions[:, :plan.frames]))
-        x0, _ = self_rollout(nets.student, condition, x[:, :, :plan.start], plan, spec,
+        x0, _ = self_rollout(student, condition, x[:, :, :plan.start], plan, spec,
                              schedule(cfg.denoise, spec.shift), torch.randn,
                              shared.randrange(1 if cfg.teacher_fkl else 0, cfg.denoise), cfg.complete)
         condition = condition.frames(plan.first, plan.frames)

@@ -168,12 +168,12 @@ def saved(name, mode, rows, layers=1):
 @pytest.mark.parametrize("name", ["wan2.1-1.3b", "hunyuan1.5-8b", "ltx2.3-22b"])
 @pytest.mark.parametrize("mode", plan.MODES)
 def test_what_compiled_blocks_keep_for_a_token(name, mode):
-    """A second block adds the bytes of KEPT; the logarithms of attention's sums and rows of norms stay below 2 % of it."""
+    """A second block adds the bytes of KEPT; the logarithms of attention's sums and rows of norms are less than 5 % of it."""
     D, F, arch = 64, 128, model.PRESETS[name].arch
     tokens = 2 * (16 ** 2 - 8 ** 2)
     second = [saved(name, mode, rows, 2) - saved(name, mode, rows, 1) for rows in (8, 16)]
     per = plan.KEPT[arch][plan.MODES.index(mode)] * D + 4 * F * (mode == "none")
-    assert (second[1] - second[0]) / tokens == pytest.approx(per, rel=0.04)
+    assert (second[1] - second[0]) / tokens == pytest.approx(per, rel=0.05)
 
 
 # ---- What runs -------------------------------------------------------------------------------------------------------

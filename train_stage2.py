@@ -2,6 +2,8 @@
 
     torchrun train_stage2.py                       # the embedded world, ten minutes on two CPU cores
     torchrun train_stage2.py --tune lora           # student and critic as adapters on the teacher: one network
+    torchrun train_stage2.py --quant nvfp4         # a student that will run with 4-bit weights (qat.py)
+    torchrun train_stage2.py --dry-run             # settings, and what they will take on GPUs (plan.py)
 
 Each step: the student rolls out clips from real starts (text, image or video), with gradient through one random
 denoising step of every chunk (Self Forcing, arXiv:2506.08009); distribution matching against the guided teacher moves

@@ -2,10 +2,10 @@
 
     python bench.py forward                                     # the official backbones at native size, one clip
     python bench.py train                                       # forward and backward with activation checkpointing
+    python bench.py plan --stage 2 --gpus 8 --shard fsdp        # what a training step will take, by arithmetic: plan.py
 
 Weights are random. The ceiling of a row is the time of its linear layers and of its attention at the best rates seen at
-the start of the run; what checkpointing computes twice is counted once, so no training row can reach its ceiling.
-Rows are printed as they come, and --out is rewritten after each.
+the start of the run; what checkpointing computes twice is counted once. --out is rewritten after each row.
 """
 
 import gc
@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import sdpa_kernel
 
+import plan
 from common import fail, one_line_errors, parse, provenance, require_positive
 from parallel import checkpoint_blocks, compile_blocks
 from block import FASTEST, attention
@@ -254,7 +255,7 @@ def main(mode, cfg):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1] not in ("forward", "train"):
-        sys.exit("usage: python bench.py forward|train [flags]; --help after either lists the flags")
+    commands = {"forward": (main, Config), "train": (main, Config), "plan": (plan.main, plan.Config)}
+    run, config = commands.get("".join(sys.argv[1:2])) or sys.exit("usage: python bench.py forward|train|plan [flags]")
     with one_line_errors():
-        main(sys.argv[1], parse(Config, sys.argv[2:]))
+        run(sys.argv[1], parse(config, sys.argv[2:]))

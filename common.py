@@ -43,11 +43,12 @@ class _Parser(ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
 
-def parse(config, argv=None):
+def parse(config, argv=None, dry_run=None):
     """Read a dataclass from the command line: field `save_every` is the flag --save_every, its comment the help text.
 
     A field without default is an argument by its place.
-    Unknown and abbreviated flags are errors, and so is a value that `config.__post_init__` refuses (ValueError).
+    Unknown and abbreviated flags are errors, and so is a value that `config.__post_init__` refuses (ValueError). With
+    `dry_run` there is a flag --dry-run, which calls it with the settings and ends the program.
     """
     notes = dict(re.findall(r"^ +(\w+):.*?#\s*(.*)$", inspect.getsource(config), re.M))
     parser = _Parser(description=inspect.getdoc(config), allow_abbrev=False)
@@ -58,10 +59,18 @@ def parse(config, argv=None):
             parser.add_argument(field.name, type=field.type, help=note)
             continue
         parser.add_argument(f"--{field.name}", default=field.default, help=f"{note} [{field.default}]", **how)
+    if dry_run:
+        parser.add_argument("--dry-run", action="store_true", help="print settings and what they will take, and end")
+    given = vars(parser.parse_args(argv))
+    dry = given.pop("dry_run", False)
     try:
-        return config(**vars(parser.parse_args(argv)))
+        settings = config(**given)
+        if not dry:
+            return settings
+        dry_run(settings)
     except ValueError as error:
         parser.error(str(error))
+    sys.exit()
 
 
 def command_line(config):

@@ -21,6 +21,7 @@ from torch import nn
 from common import alarm
 from control import Condition
 from flow import add_noise, draw_sigma, euler, guide, masked_mean, schedule, velocity, velocity_to_x0
+from qat import imitation
 
 
 def on_frames(sigma, mask):
@@ -206,6 +207,7 @@ class Networks(NamedTuple):
     critic: Callable
     discriminator: Callable | None
     using: Callable
+    exact: Callable | None = None   # of a student that computes with rounding (qat.py): itself without
 
 
 class Recipe(NamedTuple):
@@ -219,6 +221,8 @@ class Recipe(NamedTuple):
     teacher_fkl: float
     real_fkl: float
     sft: float
+    quant: float = 0.0
+    quant_softmax: bool = False
 
     def draw(self, x, low=None, high=None):
         """Noise levels [B] of the truncated shifted law."""
@@ -254,14 +258,16 @@ def student_gradients(nets, recipe, clip, stop, chunk, share=1.0):
     with nets.using("student"):
         clip.x0.backward(share * alarm(loss) * gradient)
 
-    x0, null = clip.real[:, :, :stop], replace(clip.null, past=clip.past)
+    x0, made, null = clip.real[:, :, :stop], x0.detach()[:, :, :stop], replace(clip.null, past=clip.past)
     cond = replace(clip.cond.frames(0, stop), past=clip.past)
     mask = clip.mask[:, :stop] & (torch.arange(stop, device=x0.device) >= stop - chunk)
     levels = schedule(recipe.denoise * TEACHER_STEPS, recipe.shift)[:TEACHER_STEPS + 1]     # the student's first step
     terms = {"teacher_fkl": lambda: teacher_fkl_loss(nets.student, nets.teacher, x0, cond, null, levels,
                                                      recipe.guidance, mask),
              "real_fkl": lambda: real_fkl_loss(nets.student, x0, cond, recipe.draw(x0, *REAL_BAND), mask),
-             "sft": lambda: sft_loss(nets.student, x0, cond, recipe.draw(x0, *SFT_BAND), mask)}
+             "sft": lambda: sft_loss(nets.student, x0, cond, recipe.draw(x0, *SFT_BAND), mask),
+             "quant": lambda: imitation(nets.student, nets.exact, made, cond, on_frames(recipe.draw(x0), mask), mask,
+                                        stats, recipe.quant_softmax)}
     for name, term in terms.items():
         if weight := getattr(recipe, name):
             stats[name] = term()

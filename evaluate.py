@@ -1,8 +1,7 @@
 """Quality against the exact world: does the dream obey the keys, look like the world, and follow the truth?
 
 Truth is the re-rendered future, seen through the codec as everything the networks see and make.
-An inverse-dynamics probe, trained on real frames only, reads the motion out of generated ones. All figures are means
-over held-out trajectories with 95 % bootstrap intervals.
+An inverse-dynamics probe, trained on real frames, reads motion out of generated ones. Intervals are 95 % bootstrap.
 
     python evaluate.py --student runs/stage2/student.safetensors          # teacher 50 and 4 steps, student 4 steps
     python evaluate.py --train_probe 12000                                # makes assets/probe.safetensors
@@ -21,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
+import qat
 import world
 from common import autocast, generator, one_line_errors, parse, provenance, rank, require_positive, reseed, setup
 from control import Condition
@@ -146,8 +146,7 @@ def latency(sampler, coder, trips, video, chunks=2):
 
 def psnr(a, b):
     """[N, T] peak signal-to-noise ratio in dB of uint8 videos."""
-    error = (a.double() - b.double()).square().mean((2, 3, 4)).clamp_min(1e-3)
-    return 10 * torch.log10(255 ** 2 / error)
+    return 10 * torch.log10(255 ** 2 / (a.double() - b.double()).square().mean((2, 3, 4)).clamp_min(1e-3))
 
 
 def gradient(video):
@@ -243,20 +242,18 @@ COLUMNS = ("translation 1s", "rotation 1s", "both 1s", "both all", "frechet", "s
 
 def table(results, columns=COLUMNS):
     """Markdown: a row per sampler, value and half-width of the 95 % interval."""
-    def cell(figure):
-        value, low, high = figure
-        return f"{value:.3g} ±{(high - low) / 2:.2g}" if high > low else f"{value:.3g}"
-    rows = [" | ".join([name, *(cell(row[c]) if c in row else "-" for c in columns)]) for name, row in results.items()]
+    cell = lambda value, low, high: f"{value:.3g}" + (f" ±{(high - low) / 2:.2g}" if high > low else "")
+    rows = [" | ".join([name, *(cell(*row[c]) if c in row else "-" for c in columns)]) for name, row in results.items()]
     return "\n".join(["| sampler | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|",
                       *(f"| {row} |" for row in rows)])
 
 
 def samplers_of(teacher, students, guidance, steps=50, few=4):
     """The rows of every comparison; the teacher at `few` steps is unguided: it costs what a student costs."""
-    which = [""] if len(students) == 1 else [f" {i}" for i in range(len(students))]
     return [Sampler(f"teacher, {steps} steps, guided", teacher, steps, guidance, True),
             Sampler(f"teacher, {few} steps", teacher, few, 1.0, True),
-            *(Sampler(f"student{name}, {few} steps", net, few, 1.0, False) for name, net in zip(which, students))]
+            *(Sampler(f"student{f' {i}' * (len(students) > 1)}, {few} steps", s, few, 1.0, False)
+              for i, s in enumerate(students))]
 
 
 @dataclass(frozen=True)
@@ -265,6 +262,7 @@ class Config:
     backbone: str = "tiny"      # a preset with the tiny codec
     teacher: str = ""           # stage-1 weights; empty: the shipped teacher
     student: str = ""           # stage-2 weights, several separated by commas; empty: the shipped student
+    quant: str = "none"         # round the students: nvfp4, nvfp4-w4a4 (activations too), fp8; packed, te: see quant.py
     clips: int = 256            # held-out sequences per seed
     seed: int = 1000            # of the sequences and the noise
     seeds: int = 1              # so many successive seeds, each with its own sequences
@@ -275,6 +273,7 @@ class Config:
 
     def __post_init__(self):
         require_positive(self, "clips", "seeds", "teacher_steps")
+        qat.check(self.quant, [*qat.ROUNDING, "packed", "te"])
 
 
 def main(cfg):
@@ -287,7 +286,7 @@ def main(cfg):
             Path(cfg.out).touch()
         teacher = load(cfg.backbone, cfg.teacher, device)
         paths = cfg.student.split(",") if cfg.student else [ASSETS / f"{cfg.backbone}-student.safetensors"]
-        students = [load(cfg.backbone, path, device) for path in paths]
+        students = [qat.apply(load(cfg.backbone, path, device), cfg.quant) for path in paths]
     rows = samplers_of(teacher, students, cfg.guidance or teacher.spec.guidance, cfg.teacher_steps)
     report = {"settings": vars(cfg), **provenance(), "seeds": []}
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):

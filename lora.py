@@ -3,11 +3,14 @@
 A set is a module of its own: optimizer, EMA and checkpoint take it like any network, and the base keeps its parameters
 and their names. Which set acts is switched at any time; with none the base is itself, bit for bit. So stage 2 holds one
 network instead of three: adapters off it is the teacher, with one set the student, with the other the critic.
+On a base that emulates 4 bits the sum of W and update is rounded, what gets merged and packed: an update beside a
+rounded W would learn to undo errors that merged weights do not have.
 """
 
 import contextlib
 import math
 import re
+from functools import partial
 
 import torch
 from torch import nn
@@ -15,11 +18,10 @@ from torch.distributed.tensor import DTensor
 
 from common import on_host
 
-# Attention projections and MLPs of all backbones, by their official names: Wan `self_attn.q`, `ffn.0`; HunyuanVideo
-# `img_attn_q`, `txt_mlp.fc1`; LTX `attn1.to_q`, `attn2.to_out.0`, `ff.net.0.proj`.
-TARGETS = (r"blocks\.\d+\.("
-           r"(self|cross)_attn\.[qkvo]|ffn\.[02]"
-           r"|(img|txt)_(attn_(q|k|v|proj)|mlp\.fc[12])"
+from nvfp4 import EmulatedLinear
+
+# Attention projections and MLPs of Wan, HunyuanVideo and LTX, by their official names.
+TARGETS = (r"blocks\.\d+\.((self|cross)_attn\.[qkvo]|ffn\.[02]|(img|txt)_(attn_(q|k|v|proj)|mlp\.fc[12])"
            r"|attn[12]\.to_([qkv]|out\.0)|ff\.net\.(0\.proj|2))$")
 
 
@@ -53,15 +55,23 @@ class Adapters:
         self.model, self.active = model.requires_grad_(False), None
         self.sets = {name: Adapter(linears, rank, rank if alpha is None else alpha) for name in names}
         for name, linear in linears.items():
-            linear.register_forward_hook(self.hook({k: s.get_submodule(name) for k, s in self.sets.items()}))
+            pairs = {k: s.get_submodule(name) for k, s in self.sets.items()}
+            linear.register_forward_hook(partial(self.add, pairs))
+            if isinstance(linear, EmulatedLinear):
+                linear.update = partial(self.fold, pairs)
 
-    def hook(self, pairs):
-        def add(linear, inputs, output):
-            if self.active is None:
-                return output
-            pair = pairs[self.active]
-            return output + self.sets[self.active].scale * pair.lora_B(pair.lora_A(inputs[0]))
-        return add
+    def add(self, pairs, linear, inputs, output):
+        if self.active is None or isinstance(linear, EmulatedLinear) and linear.quantized:
+            return output
+        pair = pairs[self.active]
+        return output + self.sets[self.active].scale * pair.lora_B(pair.lora_A(inputs[0]))
+
+    def fold(self, pairs, weight):                              # as `merged` does
+        if self.active is None:
+            return weight
+        pair, scale = pairs[self.active], self.sets[self.active].scale
+        with torch.autocast(weight.device.type, enabled=False):
+            return torch.addmm(weight.float(), pair.lora_B.weight, pair.lora_A.weight, alpha=scale).to(weight.dtype)
 
     @contextlib.contextmanager
     def using(self, name):

@@ -180,12 +180,15 @@ class StraightThrough(torch.autograd.Function):
 
 
 class EmulatedLinear(QuantizedLinear):
+    update = None                                       # of adapters: weight -> what it is with them, to be rounded
+
     def __init__(self, layer, tile, activations):
         super().__init__(layer)
         self.tile, self.activations = tile, activations
 
     def low_precision(self, x):
-        return StraightThrough.apply(x, self.weight, self.bias, self.tile, self.activations)
+        weight = self.weight if self.update is None else self.update(self.weight)
+        return StraightThrough.apply(x, weight, self.bias, self.tile, self.activations)
 
 
 class PackedLinear(nn.Module):

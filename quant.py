@@ -200,7 +200,7 @@ def self_distillation(v_student, v_teacher, sigma, flow=1.0, x0=0.25, mask=None)
     """
     m = 1.0 if mask is None else mask[:, None, :, None, None].float()
     v_teacher, s = v_teacher.detach().float(), sigma.reshape(len(sigma), 1, -1, 1, 1).float()
-    d2, power = m * (v_student.float() - v_teacher).square(), (m * v_teacher.square()).sum()
+    d2, power = m * (v_student.float() - v_teacher).square(), (m * v_teacher.square()).sum().clamp_min(1e-12)
     loss = ((flow + x0 * s.square()) * d2).sum() / power
     snr = -10 * torch.log10((d2.detach().sum() / power).clamp_min(1e-12))
     return loss, {"quant": loss.detach(), "quant_snr": snr}

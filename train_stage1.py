@@ -3,7 +3,7 @@
 Flow matching on clips whose first n frames stay clean at sigma 0 (n = 0 text-, 1 image-, more video-to-video), with the
 action or camera of every frame, and caption and control dropped now and then so that the teacher can be guided.
 
-    torchrun train_stage1.py --steps 20                                              # anywhere
+    torchrun train_stage1.py --steps 20                                              # anywhere; --dry-run: what it takes
     torchrun train_stage1.py --steps 20000 --batch 256 --compile --cuda_graphs       # a good teacher, one GPU
     torchrun train_stage1.py --control prope --init runs/stage1/teacher.safetensors --init_partial --train control
 """
@@ -16,11 +16,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import qat
 from checkpoint import Run, load_checkpoint, save_checkpoint
 from common import (EMA, alarm, data_rank, derive, descend, one_line_errors, parse, require_positive, reseed, setup,
                     shutdown)
 from faults import Finite, together
 from parallel import Layout, checkpoint_blocks, compile_blocks
+from plan import dry_run
 from control import NO_ACTION, Condition, Control, attach
 from data import RandomStream, WorldStream
 from encode import codec
@@ -72,6 +74,7 @@ class Config:
     sequence: int = 1               # neighbouring processes that share each clip
     recompute: bool = False         # recompute activations in the backward pass: less memory
     compile: bool = False           # torch.compile the transformer blocks
+    quant: str = "none"             # fp8: matmuls in 8 bits, forward and backward (Ada, Hopper and later)
     cuda_graphs: bool = False       # with --compile on a GPU: launch the network as CUDA graphs
 
     def __post_init__(self):
@@ -95,6 +98,7 @@ class Config:
                              "it takes no --history")
         if self.past < 0 or (self.past and not self.history):
             raise ValueError(f"--past must not be negative and is for --history, got {self.past}")
+        qat.check(self.quant, ["fp8"])
         if self.frames < 2 * PRESETS[self.backbone].chunk:
             raise ValueError(f"--frames must hold two chunks of {PRESETS[self.backbone].chunk}, got {self.frames}")
 
@@ -185,6 +189,7 @@ def initial_model(cfg, coder, layout, device):
         attach(model, cfg.control, coder.sentences() if "text" in cfg.control else None, device)
         for name, p in model.named_parameters():
             p.requires_grad_(cfg.train == "all" or name.startswith(("control.", "compress.")))
+        qat.apply(model, cfg.quant)
         return layout.place(checkpoint_blocks(model) if cfg.recompute else model)
 
     reseed(cfg.seed, "initialisation")
@@ -264,4 +269,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    main(parse(Config))
+    main(parse(Config, dry_run=lambda cfg: dry_run(1, cfg, draw_frames)))

@@ -2,6 +2,8 @@
 
     torchrun train_stage2.py                       # the embedded world, ten minutes on two CPU cores
     torchrun train_stage2.py --tune lora           # student and critic as adapters on the teacher: one network
+    torchrun train_stage2.py --quant nvfp4         # a student that will run with 4-bit weights (qat.py)
+    torchrun train_stage2.py --dry-run             # settings, and what they will take on GPUs (plan.py)
 
 Each step: the student rolls out clips from real starts (text, image or video), with gradient through one random
 denoising step of every chunk (Self Forcing, arXiv:2506.08009); distribution matching against the guided teacher moves
@@ -16,11 +18,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
+import qat
 from checkpoint import Run, load_checkpoint, save_checkpoint
 from common import (EMA, data_rank, derive, descend, fail, mean_over_ranks, one_line_errors, parse, rank,
                     require_positive, reseed, setup, shutdown)
 from faults import Finite, together
 from parallel import Layout, checkpoint_blocks, compile_blocks
+from plan import dry_run
 from data import RandomStream, WorldStream
 from dmd import Clip, Discriminator, Head, Networks, Recipe, critic_gradients, student_gradients
 from encode import codec
@@ -65,6 +69,9 @@ class Config:
     teacher_fkl: float = 0.0        # weight of the teacher's forward KL; it takes denoising step 0, DMD the others
     real_fkl: float = 0.0           # weight of the forward KL to real data
     sft: float = 0.0                # weight of the flow-matching anchor
+    quant: str = "none"             # rounding the student learns with: nvfp4, nvfp4-w4a4 (activations too) or fp8
+    quant_loss: float = 0.03        # with --quant: weight of the student's imitation of itself without rounding
+    quant_softmax: bool = False     # that loss as BiWM's KL over channels; blind to an offset of all, such as a tint
     critic_steps: int = 5           # critic updates per student update
     critic_warmup: int = 2          # first steps in which only the critic learns
     sigma_low: float = 0.02         # bounds of the noise levels of DMD, critic and GAN, on the shifted sigma
@@ -89,8 +96,9 @@ class Config:
     def __post_init__(self):
         require_positive(self, "steps", "save_every", "keep", "batch", "accumulate", "rank", "denoise", "critic_steps",
                          "lr", "critic_lr", "head_lr", "clip", "pool", "refresh", "patience")
-        negative = [f for f in ("past", "grow", "guidance", "gan", "teacher_fkl", "real_fkl", "sft", "critic_warmup",
-                                "validate", "preview", "health", "t2v", "i2v", "short", "ema") if getattr(self, f) < 0]
+        negative = [f for f in ("past", "grow", "guidance", "gan", "teacher_fkl", "real_fkl", "sft", "quant_loss",
+                                "critic_warmup", "validate", "preview", "health", "t2v", "i2v", "short", "ema")
+                    if getattr(self, f) < 0]
         wrong = [
             (negative, f"--{' --'.join(negative)} must not be negative"),
             (self.backbone not in PRESETS, f"unknown backbone '{self.backbone}'; choose {', '.join(PRESETS)}"),
@@ -107,6 +115,7 @@ class Config:
         for bad, message in wrong:
             if bad:
                 raise ValueError(message)
+        qat.check(self.quant)
         if self.frames < 2 * PRESETS[self.backbone].chunk:
             raise ValueError(f"--frames must hold two chunks of {PRESETS[self.backbone].chunk}, got {self.frames}")
 
@@ -116,23 +125,27 @@ def networks(cfg, layout, device):
 
     All start from one checkpoint. What learns has fp32 weights; on a GPU the frozen teacher is bf16.
     """
-    def network(dtype):
+    def network(dtype, quant="none"):
         reseed(cfg.seed, "initialisation")
-        return configure(layout.place(build_on(device, dtype, cfg.backbone)) if cfg.teacher == "random" else
-                         load(cfg.backbone, cfg.teacher, device, dtype, prepare=layout.place), cfg)
+        place = lambda model: layout.place(qat.apply(model, quant))
+        return configure(place(build_on(device, dtype, cfg.backbone)) if cfg.teacher == "random" else
+                         load(cfg.backbone, cfg.teacher, device, dtype, prepare=place), cfg)
 
-    teacher = network(torch.bfloat16 if device.type == "cuda" else torch.float32).requires_grad_(False).eval()
+    teacher = network(torch.bfloat16 if device.type == "cuda" else torch.float32,
+                      cfg.quant if cfg.tune == "lora" else "none").requires_grad_(False).eval()
     if teacher.control is None:
         raise ValueError(f"{cfg.teacher} has no control parameters; stage 2 distils a stage-1 teacher")
     if cfg.tune == "lora":
-        adapters = Adapters(teacher, ("student", "critic"), cfg.rank)
+        kind = Adapters if cfg.quant == "none" else qat.RoundedAdapters
+        adapters = kind(teacher, ("student", "critic"), cfg.rank)
         models, learning, using = [teacher] * 3, dict(adapters.sets), adapters.using
         velocities = [adapters.velocity(velocity_of(teacher), name) for name in (None, "student", "critic")]
         weights = lambda values: adapters.merged("student", values)
     else:
-        learning = {name: network(torch.float32) for name in ("student", "critic")}
+        learning = {"student": network(torch.float32, cfg.quant), "critic": network(torch.float32)}
         models, using, weights = [teacher, *learning.values()], lambda name: nullcontext(), lambda values: values
         velocities = [velocity_of(model) for model in models]
+    exact = None if cfg.quant == "none" else qat.exactly(models[1], velocities[1])
     discriminator = None
     if cfg.gan:                                 # its hook must be there before anything is compiled
         learning["head"] = Head(teacher.spec.dim).to(device)
@@ -140,7 +153,7 @@ def networks(cfg, layout, device):
     for model in set(models):
         model = checkpoint_blocks(model) if cfg.recompute else model
         model = compile_blocks(model) if cfg.compile else model
-    return Networks(*velocities, discriminator, using), models, learning, weights
+    return Networks(*velocities, discriminator, using, exact), models, learning, weights
 
 
 def data(cfg, spec, device):
@@ -179,7 +192,7 @@ def main(cfg):
         shutil.rmtree(best, ignore_errors=True)                                 # of a run that is no more
     sigmas, empty, share = schedule(cfg.denoise, spec.shift), coder.text([spec.negative]), 1 / cfg.accumulate
     recipe = Recipe(cfg.guidance or spec.guidance, spec.shift, cfg.sigma_low, cfg.sigma_high, cfg.denoise, cfg.gan,
-                    cfg.teacher_fkl, cfg.real_fkl, cfg.sft)
+                    cfg.teacher_fkl, cfg.real_fkl, cfg.sft, cfg.quant_loss * (cfg.quant != "none"), cfg.quant_softmax)
     shown, _, sampler = samplers_of(models[0], [models[1]], recipe.guidance, few=cfg.denoise)
 
     for step in run.progress(start, last, "stage 2"):
@@ -270,13 +283,15 @@ def main(cfg):
 
 def finish(cfg, run, coder, teacher, guidance, nets, layout):
     """The table and a side-by-side video, made from the weights that were saved."""
-    student = load(cfg.backbone, run.folder / "student.safetensors", coder.device, prepare=layout.place)
+    student = load(cfg.backbone, run.folder / "student.safetensors", coder.device,
+                   prepare=lambda model: layout.place(qat.apply(model, cfg.quant)))
     rows = samplers_of(teacher, [student], guidance, few=cfg.denoise)
-    final_table(run.folder, coder, rows, cfg.preview, not cfg.teacher and guidance == teacher.spec.guidance)
+    with nets.using(None):
+        final_table(run.folder, coder, rows, cfg.preview, not cfg.teacher and guidance == teacher.spec.guidance)
     side_by_side(run.folder / "compare.mp4", coder, rows[0], rows[2], nets)
     if rank() == 0:
         print(f"\nwrote {run.folder}: student.safetensors, compare.mp4, preview.json, curves.png, log.jsonl")
 
 
 if __name__ == "__main__":
-    main(parse(Config))
+    main(parse(Config, dry_run=lambda cfg: dry_run(2, cfg)))

@@ -71,7 +71,7 @@ def test_run_folders_are_complete(trained):
 def test_evaluate_and_rollout_commands(trained):
     student, teacher = trained / "two" / "student.safetensors", trained / "one" / "teacher.safetensors"
     out = run(sys.executable, "evaluate.py", "--clips", 3, "--teacher_steps", 1, "--student", student, "--teacher", teacher,
-              "--out", trained / "figures.json")
+              "--quant", "packed", "--out", trained / "figures.json")
     assert "student, 4 steps" in out and "real video" in out
     figures = json.loads((trained / "figures.json").read_text())["seeds"][0]
     assert {"real video", "copy the last frame", "student, 4 steps", "teacher, 4 steps"} <= figures.keys()
@@ -151,7 +151,7 @@ def test_two_processes_average_their_gradients(tmp_path):
 
 def test_two_processes_train(trained, tmp_path):
     run(*TORCHRUN, "--nproc_per_node", 2, "train_stage2.py", *STAGE2, "--out", tmp_path / "run", "--teacher",
-        trained / "one" / "teacher.safetensors", "--tune", "lora", "--gan", 0.01, "--accumulate", 2)
+        trained / "one" / "teacher.safetensors", "--tune", "lora", "--gan", 0.01, "--accumulate", 2, "--quant", "nvfp4-w4a4")
     assert len(losses(tmp_path / "run")) == 4
 
 
@@ -159,6 +159,9 @@ BAD = [("train_stage1.py", ["--stepz", "3"], "--stepz"), ("train_stage1.py", ["-
        ("train_stage1.py", ["--steps", "0"], "--steps must be above 0"), ("train_stage1.py", ["--frames", "-4"], "--frames"),
        ("train_stage1.py", ["--batch", "two"], "--batch"), ("train_stage1.py", ["--backbone", "wan3"], "unknown backbone 'wan3'"),
        ("train_stage2.py", ["--sigma_low", "0.99"], "--sigma_low"), ("train_stage2.py", ["--frames", "7"], "--frames"),
+       ("train_stage2.py", ["--quant", "int4"], "--quant is none or nvfp4 or nvfp4-w4a4 or fp8, got 'int4'"),
+       ("train_stage1.py", ["--quant", "nvfp4"], "--quant is none or fp8"), ("evaluate.py", ["--quant", "int4"], "packed or te"),
+       ("train_stage2.py", ["--quant_loss", "-1"], "--quant_loss must not"),
        ("train_stage2.py", ["--tune", "half"], "--tune is full or lora"), ("train_stage2.py", ["--gan", "-1"], "--gan must not"),
        ("train_stage2.py", ["--teacher_fkl", "1", "--denoise", "1"], "--denoise 2"),
        ("train_stage2.py", ["--teacher", "random"], "--preview 0"),

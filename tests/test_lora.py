@@ -1,11 +1,13 @@
 """Low-rank adapters: sets that switch on and off over one frozen base, and fold into full weights."""
 
+import copy
 import re
 
 import pytest
 import torch
 from torch import nn
 
+import qat
 from control import Condition, Control
 from lora import TARGETS, Adapters
 from parallel import compile_blocks
@@ -140,3 +142,57 @@ def test_switching_survives_compilation(monkeypatch):
     for eager, fast in zip(results[:4], results[4:]):
         torch.testing.assert_close(eager, fast)
     assert not torch.equal(results[4], results[5]) and not torch.equal(results[5], results[6])
+
+
+# ---- On a rounded base -----------------------------------------------------------------------------------------------
+
+def rounded(activations):
+    """A base of multiples of 16, its copy with emulated 4 bits, and adapters on that."""
+    torch.manual_seed(0)
+    plain = build("tiny", layers=2, dim=32, heads=2, ffn=64, text_dim=64)
+    for p in plain.parameters():
+        nn.init.normal_(p, std=0.1)
+    model = qat.apply(copy.deepcopy(plain), "nvfp4-w4a4" if activations else "nvfp4")
+    torch.manual_seed(1)
+    adapters = qat.RoundedAdapters(model, ("student", "critic"), 4)
+    for one in adapters.sets.values():
+        for p in one.parameters():
+            nn.init.normal_(p, std=0.3)
+    return plain, model, adapters
+
+
+@pytest.mark.parametrize("activations", [False, True])
+def test_on_a_rounded_base_the_student_is_what_its_merged_weights_are_after_rounding(activations):
+    plain, model, adapters = rounded(activations)
+    merged = copy.deepcopy(plain)
+    merged.load_state_dict(adapters.merged("student"))
+    if activations:
+        qat.apply(merged, "nvfp4-w4a4")
+    else:
+        qat.apply(merged, "packed")                                                     # what is deployed
+    student = adapters.velocity(velocity_of(model), "student")(X, SIGMA, CONDITION)
+    torch.testing.assert_close(student, velocity_of(merged)(X, SIGMA, CONDITION), rtol=1e-4, atol=1e-4)
+    student.square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in adapters.sets["student"].parameters())
+    assert all(p.grad is None for p in [*model.parameters(), *adapters.sets["critic"].parameters()])
+
+
+@torch.no_grad()
+def test_on_a_rounded_base_all_but_the_student_are_exact():
+    plain, model, adapters = rounded(True)
+    teacher, critic = (adapters.velocity(velocity_of(model), name)(X, SIGMA, CONDITION) for name in (None, "critic"))
+    assert torch.equal(teacher, velocity_of(plain)(X, SIGMA, CONDITION))
+    exact = adapted_copy(plain, adapters)
+    assert torch.equal(critic, exact.velocity(velocity_of(plain), "critic")(X, SIGMA, CONDITION))
+    student = adapters.velocity(velocity_of(model), "student")
+    itself = qat.exactly(model, student)(X, SIGMA, CONDITION)
+    assert torch.equal(itself, exact.velocity(velocity_of(plain), "student")(X, SIGMA, CONDITION))
+    assert not torch.allclose(itself, student(X, SIGMA, CONDITION))                     # and the rounding is back on
+
+
+def adapted_copy(model, adapters):
+    """Ordinary adapters on an unrounded `model`, with the values of `adapters`."""
+    exact = Adapters(model, tuple(adapters.sets), 4)
+    for name, one in exact.sets.items():
+        one.load_state_dict(adapters.sets[name].state_dict())
+    return exact

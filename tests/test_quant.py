@@ -660,6 +660,7 @@ SHARDED = """
 import torch, quant
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from qat import RoundedAdapters
 from test_quant import Toy, randn
 torch.distributed.init_process_group("gloo")
 results = []
@@ -681,6 +682,23 @@ for kind in ("whole", "sharded", "replicated"):
     results.append([y.detach(), *(w.detach() for w in weights)])
 for other in results[1:]:
     torch.testing.assert_close(other, results[0], rtol=1e-6, atol=1e-6)
+
+gradients = []                                      # of adapters on a rounded base, whole or sharded
+for sharded in (False, True):
+    torch.manual_seed(0)
+    model = Toy()
+    quant.quantize_model(model, "emulate")
+    adapters = RoundedAdapters(model, ("student", "critic"), 4)
+    for p in adapters.sets["student"].parameters():
+        torch.nn.init.normal_(p)
+    if sharded:
+        for block in model.blocks:
+            fully_shard(block)
+        fully_shard(model)
+    with adapters.using("student"):
+        model(randn(8, 64)).square().mean().backward()
+    gradients.append([p.grad for p in adapters.sets["student"].parameters()])
+torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
 print("equal")
 """
 

@@ -16,10 +16,13 @@ import common
 import dmd
 import health
 import model
+import qat
 import train_stage1 as one
 import train_stage2 as two
 from control import NO_ACTION, Condition, Control
 from flow import schedule
+from nvfp4 import EmulatedLinear, fake_quant
+from rollout import velocity_of
 from weights import save
 
 B, T = 400, 12
@@ -80,7 +83,7 @@ def test_the_learning_rate_warms_up_and_falls_to_zero():
 @pytest.fixture
 def stage2(monkeypatch, tmp_path):
     """stage2(name, *flags) runs the script into tmp_path / name and returns what it logged."""
-    monkeypatch.setitem(model.PRESETS, "tiny", replace(model.TINY, layers=2, dim=24, heads=2, ffn=32))
+    monkeypatch.setitem(model.PRESETS, "tiny", replace(model.TINY, layers=2, dim=32, heads=2, ffn=48))
     monkeypatch.setattr(two, "setup", lambda: torch.device("cpu"))                      # one thread is enough
     monkeypatch.setattr(two, "curves", lambda folder: None)
     torch.manual_seed(0)
@@ -103,12 +106,12 @@ def stage2(monkeypatch, tmp_path):
     return run
 
 
-EVERYTHING = ("--tune", "lora", "--rank", 4, "--gan", 0.1, "--teacher_fkl", 0.1, "--real_fkl", 0.1, "--sft", 0.1,
+EVERYTHING = ("--tune", "lora", "--rank", 4, "--quant", "nvfp4-w4a4", "--gan", 0.1, "--teacher_fkl", 0.1, "--real_fkl", 0.1, "--sft", 0.1,
               "--accumulate", 2, "--past", 8, "--frames", 32, "--grow", 1, "--short", 0.1)
 
 
-@pytest.mark.parametrize("flags", [EVERYTHING, ("--gan", 0.1, "--no-complete", "--history", "framepack", "--past", 12)],
-                         ids=["lora, all", "full, GAN, memory"])
+@pytest.mark.parametrize("flags", [EVERYTHING, ("--gan", 0.1, "--no-complete", "--history", "framepack", "--past", 12,
+                                                "--quant", "nvfp4")], ids=["lora, all", "full, GAN, memory, 4 bits"])
 def test_a_run_cut_in_two_ends_with_the_bits_of_a_whole_one(stage2, flags, monkeypatch):
     whole = stage2("whole", "--steps", 4, "--save_every", 2, *flags)
     log = checkpoint.Run.log
@@ -126,7 +129,7 @@ def test_a_run_cut_in_two_ends_with_the_bits_of_a_whole_one(stage2, flags, monke
     for file in {"student", "adapter"} if "lora" in flags else {"student"}:
         a, b = (load_file(stage2.folder / name / f"{file}.safetensors") for name in ("whole", "parts"))
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    assert {"dmd", "gan", "gan_critic", "head_norm", "motion", "saturation", "std"} <= whole[-1].keys()
+    assert {"dmd", "gan", "gan_critic", "head_norm", "motion", "saturation", "std", "quant_snr"} <= whole[-1].keys()
     assert any(k.startswith("critic_0.") for k in whole[-1])
     assert whole[-1]["student_updates"] == whole[-1]["critic_updates"] == 4
     assert whole[-1]["rollouts"] == (8 if "--accumulate" in flags else 4)
@@ -141,6 +144,61 @@ def test_adapters_and_full_tuning_agree_at_the_first_step(stage2):
         after = load_file(stage2.folder / tune / "student.safetensors")
         assert after.keys() == before.keys()
         assert not torch.equal(after["blocks.0.self_attn.o.weight"], before["blocks.0.self_attn.o.weight"])
+
+
+@pytest.mark.parametrize("tune", ["full", "lora"])
+@pytest.mark.parametrize("quant", ["nvfp4", "nvfp4-w4a4"])
+def test_the_rounding_is_the_students_alone(stage2, tune, quant):
+    """Teacher and critic begin as the checkpoint is; the student as its rounding, its gradient reaches full weights."""
+    file = stage2.folder / "teacher.safetensors"
+    cfg = two.Config(teacher=str(file), tune=tune, quant=quant, rank=4)
+    nets, _, learning, _ = two.networks(cfg, torch.device("cpu"))
+    plain, x, sigma = model.load("tiny", file), torch.randn(2, 24, 4, 8, 12), torch.full((2, 4), 0.5)
+    rounded = qat.apply(model.load("tiny", file), quant)
+    condition = Condition({"text": torch.ones(2, 3, 64)}, Control(torch.ones(2, 4, dtype=torch.long)))
+    expected = velocity_of(plain)(x, sigma, condition)
+    for net in (nets.teacher, nets.critic, nets.exact):
+        assert torch.equal(net(x, sigma, condition), expected)
+    student = nets.student(x, sigma, condition)
+    assert torch.equal(student, velocity_of(rounded)(x, sigma, condition)) and not torch.allclose(student, expected)
+    student.square().sum().backward()
+    linear = "blocks.0.ffn.0" + (".lora_B" if tune == "lora" else "") + ".weight"
+    weight = learning["student"].get_parameter(linear)
+    assert weight.grad.abs().sum() > 0 and weight.dtype == torch.float32
+
+
+def test_a_rounded_student_learns_is_judged_rounded_and_saved_whole(stage2, monkeypatch):
+    judged = {}
+
+    def table(folder, coder, rows, *rest):
+        judged.update({row.name: any(isinstance(m, EmulatedLinear) and m.quantized for m in row.model.modules())
+                       for row in rows})
+    monkeypatch.setattr(two, "load_probe", lambda device: None)
+    monkeypatch.setattr(two, "side_by_side", lambda *rest: None)
+    monkeypatch.setattr(two, "final_table", table)
+    for tune in ("full", "lora"):
+        logged = stage2(tune, "--quant", "nvfp4", "--tune", tune, "--steps", 2, "--lr", 1e-2, "--preview", 2)
+        assert logged[0]["quant"] > 0 and 10 < logged[0]["quant_snr"] < 60
+        assert list(judged.values()) == [False, False, True]                            # teacher, teacher, student
+        weights = load_file(stage2.folder / tune / "student.safetensors")
+        w = weights["blocks.0.ffn.0.weight"].float()
+        assert not torch.equal(w, load_file(stage2.folder / "teacher.safetensors")["blocks.0.ffn.0.weight"].float())
+        assert not torch.equal(w, fake_quant(w)) and not any("scale" in key for key in weights)
+
+
+def test_the_imitation_can_be_left_out_and_takes_both_forms(stage2):
+    plain, none = (stage2(name, "--quant", "nvfp4", *flags) for name, flags in (("a", ()), ("b", ("--quant_loss", 0))))
+    assert "quant" in plain[0] and "quant" not in none[0]
+    kl = stage2("c", "--quant", "nvfp4", "--quant_softmax")
+    assert kl[0]["quant_snr"] == plain[0]["quant_snr"] and kl[0]["quant"] != plain[0]["quant"]
+
+
+@pytest.mark.parametrize("script", [one, two])
+def test_fp8_without_its_hardware_ends_with_one_line(script, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="mode fp8 cannot run here: no NVIDIA GPU is visible") as stop:
+        script.main(common.parse(script.Config, ["--quant", "fp8", "--out", str(tmp_path / "run")]))
+    assert "\n" not in stop.value.code and not (tmp_path / "run").exists()
 
 
 def test_exit_steps_of_dmd_and_of_the_forward_kl_never_coincide(stage2, monkeypatch):

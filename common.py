@@ -6,6 +6,7 @@ Started by torchrun or by plain python, the scripts are the same.
 import contextlib
 import dataclasses
 import hashlib
+import importlib
 import inspect
 import os
 import re
@@ -35,6 +36,14 @@ def one_line_errors():
         yield
     except (ValueError, OSError) as error:
         fail(error)
+
+
+def optional(module, extra):
+    """An optional package, imported where it is used; OSError names the `extra` that installs it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise OSError(f"{error.name} is not installed; pip install \"biwm[{extra}]\", or {error.name} alone") from None
 
 
 class _Parser(ArgumentParser):

@@ -99,6 +99,9 @@ class RandomStream:
         states = torch.randn(1, self.spec.text_len, self.spec.text_dim, generator=generator(self.seed, "text"))
         return {"text": states.expand(len(prompts), -1, -1).to(self.device)}
 
+    def release(self, *parts):
+        """Nothing is loaded."""
+
     def batch(self, step, size, frames):
         g, spec = generator(self.seed, "random", rank(), step), self.spec
         H, W = (n // s for n, s in zip(spec.size[1:], spec.stride[1:]))

@@ -67,7 +67,7 @@ class Codec:
     """
 
     def release(self, *parts):
-        pass
+        """Nothing is loaded."""
 
 
 class TinyCodec(Codec):

@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import nn
 
 from common import optional
-from model import LTXAttention, named, rms_norm, rotate_halves
+from model import LTXAttention, named, rms_norm
 from weights import component, default_source, headers, read, weight_files
 
 

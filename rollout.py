@@ -5,12 +5,15 @@ attention over both (BiWM, arXiv:2606.10135); then it becomes history. Nothing i
 features depend on the noisy chunk.
 
     python rollout.py --actions "w-8, right-12, w+left-8" --out walk.mp4
+    python rollout.py --backbone wan2.1-1.3b --weights student.safetensors --image street.jpg --prompt "A street."
 """
 
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import world
 from common import autocast, generator, one_line_errors, parse, setup
@@ -19,7 +22,7 @@ from encode import codec
 from flow import add_noise, euler, guide, schedule, velocity_to_x0
 from model import load
 from weights import ASSETS
-from video import compose, read_picture, write_video
+from video import VideoFile, compose, read_picture, read_video, spread
 
 
 def velocity_of(model):
@@ -27,8 +30,11 @@ def velocity_of(model):
     device = next(model.parameters()).device
 
     def velocity(x, sigma, condition):
+        frames = None
+        if condition.start and model.spec.stride[0] > 1:        # only a video's first latent frame is one pixel frame
+            frames = torch.arange(1, x.shape[2] + 1, device=device)
         with autocast(device):
-            return model(x, sigma, condition.text, condition.control)
+            return model(x, sigma, condition.text, condition.control, frames=frames)
     return velocity
 
 
@@ -166,19 +172,22 @@ class WorldModel:
     chunk may be shorter than K frames.
     """
 
-    def __init__(self, model, steps=4, guidance=1.0, use_ode=False):
+    def __init__(self, model, steps=4, guidance=1.0, use_ode=False, source=""):
         self.spec, self.device = model.spec, next(model.parameters()).device
-        self.codec = codec(model.spec.name, self.device)
+        self.codec = codec(model.spec.name, self.device, source)
         self.sees = model.control is not None and "c2w" in model.control.reads
-        self.velocity = guided(velocity_of(model), guidance, self.codec.text([model.spec.negative]))
+        null = {} if guidance == 1 else self.codec.text([model.spec.negative])
+        self.velocity = guided(velocity_of(model), guidance, null)
         self.sigmas, self.sampler = schedule(steps, model.spec.shift), ode if use_ode else few_step
 
     def reset(self, prompt=None, first=None, seed=0, actions=None):
-        """Begin at the frames `first` (uint8 [F, H, W, 3]; labels `actions` [F], default still), or dream a start.
+        """Begin at the frames `first` (uint8 [F, H, W, 3]; labels `actions` of its latent frames, default still), or
+        dream a start.
 
         Returns the start as uint8 [F, H, W, 3]. A start that is refused leaves the present dream as it is.
         """
         text = self.codec.text([prompt or ""])
+        self.codec.release("language")
         H, W = (n // s for n, s in zip(self.spec.size[1:], self.spec.stride[1:]))
         latents = torch.zeros(1, self.spec.channels, 0, H, W, device=self.device)
         if first is not None:
@@ -190,32 +199,36 @@ class WorldModel:
         if len(labels) != count:
             raise ValueError(f"{count} start frames need {count} labels, got {len(labels)}")
         self.random, self.text, self.latents, self.actions = generator(seed, "play"), text, latents, labels[None]
-        return self.step([0] * self.spec.chunk) if first is None else self.codec.decode(latents)[0]
+        self.start, self.stream = 0, {}             # latent frames that are forgotten; the codec's state
+        return self.step([0] * self.spec.chunk) if first is None else self.codec.decode(latents, self.stream)[0]
 
     @torch.no_grad()
     def step(self, actions):
-        """Live through `actions` [T] (labels 0..80), one frame each; returns uint8 [T, H, W, 3]."""
+        """Live through `actions` [T] (labels 0..80), one latent frame each; returns their uint8 [F, H, W, 3]."""
         actions = check_actions(actions).reshape(1, -1)
         if not actions.shape[1]:
             raise ValueError("step needs at least one action")
         self.actions = torch.cat([self.actions, actions], 1)
         past, frames = self.latents.shape[2], self.latents.shape[2] + actions.shape[1]
         cameras = self.codec.cameras(self.actions) if self.sees else ()                 # of one whom no wall stops
-        condition = Condition(self.text, Control(self.actions.to(self.device), *cameras))
+        condition = Condition(self.text, Control(self.actions.to(self.device), *cameras), self.start)
         self.latents = rollout(self.velocity, condition, self.latents, frames, self.sigmas, self.spec.chunk,
                                self.spec.window, self.noise, self.sampler)
-        fresh = self.codec.decode(self.latents[:, :, past:])[0]
+        fresh = self.codec.decode(self.latents[:, :, past:], self.stream)[0]
         keep = self.spec.window                                 # nothing older is ever looked at again
+        self.start += max(0, frames - keep)
         self.latents, self.actions = self.latents[:, :, -keep:], self.actions[:, -keep:]
         return fresh
 
     def state(self):
         """All that the future depends on. Steps replace these tensors and never write into them: no copy is needed."""
-        return {"latents": self.latents, "actions": self.actions, "text": self.text, "random": self.random.get_state()}
+        return {"latents": self.latents, "actions": self.actions, "text": self.text, "start": self.start,
+                "stream": dict(self.stream), "random": self.random.get_state()}
 
     def restore(self, state):
         """Go on from a `state()` of this world model, or of another of the same backbone: its teacher, more steps."""
         self.latents, self.actions, self.text = state["latents"], state["actions"], state["text"]
+        self.start, self.stream = state["start"], dict(state["stream"])
         self.random = torch.Generator()
         self.random.set_state(state["random"])
 
@@ -232,10 +245,12 @@ class Config:
     out: str = "walk.mp4"                       # .mp4 or .gif
     backbone: str = "tiny"                      # a preset of model.py
     weights: str = ""                           # safetensors of a student or teacher; empty: the shipped student
-    prompt: str = ""                            # caption; empty: that of --map
+    codec: str = ""                             # of an official backbone: folder or hub repository; empty: the official
+    prompt: str = ""                            # caption; empty: that of --map in the embedded world
     map: int = 0                                # start in this map of the embedded world (0..3)
-    start: str = "clip"                         # clip: four exact views (v2v); frame: one (i2v); dream: none (t2v)
-    image: str = ""                             # start from this picture instead (i2v): PNG or JPEG of the model's size
+    start: str = ""                             # clip: four exact views; frame: one; dream: none; empty: clip or dream
+    image: str = ""                             # start from this PNG or JPEG instead (i2v)
+    video: str = ""                             # start from the end of this video instead (v2v)
     truth: bool = False                         # show the exact world, given the same keys, beside the dream
     steps: int = 4                              # denoising steps a chunk
     guidance: float = 1.0                       # of the teacher; a student needs none
@@ -243,10 +258,10 @@ class Config:
     seed: int = 0                               # start place and noise
 
     def __post_init__(self):
-        if self.start not in ("frame", "clip", "dream"):
-            raise ValueError(f"--start is frame, clip or dream, got '{self.start}'")
-        if self.truth and (self.start == "dream" or self.image):
-            raise ValueError("--truth needs a start in the exact world: --start frame or clip, and no --image")
+        if self.start not in ("", "frame", "clip", "dream") or (self.image and self.video):
+            raise ValueError(f"--start is frame, clip or dream, or --image or --video stands for it; got '{self.start}'")
+        if self.truth and (self.start == "dream" or self.image or self.video):
+            raise ValueError("--truth needs a start in the exact world: --start frame or clip, no --image, no --video")
         if Path(self.out).suffix not in (".mp4", ".gif"):
             raise ValueError(f"--out ends in .mp4 or .gif, got '{self.out}'")
         if self.steps < 1:
@@ -256,14 +271,18 @@ class Config:
 
 
 def begin(cfg, spec):
-    """The start that `cfg` asks for: the exact world or None, and first frames [F, H, W, 3] or None (words alone)."""
-    if cfg.image:
-        return None, read_picture(cfg.image, spec)
-    if cfg.start == "dream":
-        return None, None
+    """The start that `cfg` asks for: the exact world or None, first frames [F, H, W, 3] or None (words alone), words."""
+    embedded = spec.size[1:] == world.FRAME
+    if not embedded and (cfg.start in ("clip", "frame") or cfg.truth):
+        raise ValueError(f"{spec.name} knows no exact world: it starts from --image, --video or --prompt alone")
+    words = cfg.prompt or (world.CAPTIONS[cfg.map] if embedded else "")
+    if cfg.image or cfg.video:
+        return None, read_picture(cfg.image, spec) if cfg.image else read_video(cfg.video, spec), words
+    if cfg.start == "dream" or not embedded:
+        return None, None, words
     place = world.World(cfg.map)
     place.reset(seed=cfg.seed)
-    return place, place.step([0] * (4 if cfg.start == "clip" else 1))
+    return place, place.step([0] * (1 if cfg.start == "frame" else 4)), words
 
 
 def walk(place, asked):
@@ -275,19 +294,21 @@ def walk(place, asked):
 def main(cfg):
     device = setup()
     with one_line_errors():
-        labels = parse_actions(cfg.actions)
+        labels = parse_actions(cfg.actions)[1:]
         shipped = ASSETS / f"{cfg.backbone}-student.safetensors"
-        model = WorldModel(load(cfg.backbone, cfg.weights or shipped, device), cfg.steps, cfg.guidance, cfg.ode)
-        place, first = begin(cfg, model.spec)
-        frames = [model.reset(cfg.prompt or world.CAPTIONS[cfg.map], first, cfg.seed)]
+        network = load(cfg.backbone, cfg.weights or shipped, device)
+        model = WorldModel(network, cfg.steps, cfg.guidance, cfg.ode, cfg.codec)
+        place, first, words = begin(cfg, model.spec)
+        frames = model.reset(words, first, cfg.seed)
         Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
         open(cfg.out, "ab").close()                     # fails now rather than after the work
-    happened, exact = walk(place, labels[1:]) if cfg.truth else (labels[1:], None)
-    frames = torch.cat([*frames, model.step(happened)])                                 # [T, H, W, 3]
-    exact = torch.cat([first, exact]) if cfg.truth else None
-    keys = [0] * (len(frames) - len(happened)) + happened.tolist()
-    write_video(cfg.out, compose(frames, keys, cfg.steps, exact), model.spec.fps)
-    print(f"{cfg.out}: {len(keys)} frames, {len(keys) / model.spec.fps:.1f} s")
+    with closing(VideoFile(cfg.out, model.spec.fps)) as video:
+        video.add(compose(frames, [0] * len(frames), cfg.steps, first if cfg.truth else None))
+        for asked in tqdm(labels.split(model.spec.chunk), "rollout", disable=None):     # written as it is made
+            happened, exact = walk(place, asked) if cfg.truth else (asked, None)
+            frames = model.step(happened)
+            video.add(compose(frames, spread(happened, len(frames), model.spec.stride[0]), cfg.steps, exact))
+    print(f"{cfg.out}: {video.frames} frames, {video.frames / model.spec.fps:.1f} s")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from rollout import velocity_of
 class Config:
     """Stage 1 of BiWM: control fine-tuning. Running the same command again resumes."""
     backbone: str = "tiny"          # a preset of model.py
+    codec: str = ""                 # of an official backbone: folder or hub repository, by default the official one
     control: str = "adaln"          # how control enters: adaln, text, plucker, prope, or several joined by +
     init: str = ""                  # weights to start from, official or of an earlier run; empty: random
     init_partial: bool = False      # take of them what fits: other control, missing or surplus tensors
@@ -104,8 +105,10 @@ def drop(condition, empty, cfg):
     no_text = u < cfg.drop + cfg.drop_text
     no_actions = (u < cfg.drop) | ~no_text & (u < cfg.drop + cfg.drop_text + cfg.drop_actions)
     actions[no_actions] = NO_ACTION
-    text = {key: torch.where(no_text[:, None, None], empty[key], value) for key, value in condition.text.items()}
-    return Condition(text, replace(condition.control, actions=actions))
+    row = lambda x: no_text.view(-1, *[1] * (x.ndim - 1))           # masks have two axes, states three
+    text = {key: torch.where(row(value), empty[key], value) if key in empty else value          # a picture stays
+            for key, value in condition.text.items()}
+    return replace(condition, text=text, control=replace(condition.control, actions=actions))
 
 
 def stage1_loss(velocity, x0, condition, cfg, spec):
@@ -185,7 +188,7 @@ def save_teacher(model, ema, cfg, step):
 def prepare(cfg):
     """The networks, the data and the run folder; bad input ends here with one line."""
     device = setup()
-    coder = codec(cfg.backbone, device)
+    coder = codec(cfg.backbone, device, cfg.codec)
     model = initial_model(cfg, coder, device)
     stream = WorldStream(coder, cfg.seed, cfg.pool, max(48, cfg.frames), cfg.refresh)
     return device, model, coder, stream, Run(cfg.out, cfg)
@@ -198,6 +201,7 @@ def main(cfg):
         state = {"model": model}, {"model": optimizer}, {"model": ema}
         start = load_checkpoint(cfg.out, cfg.steps, *state)
     spec, empty = model.spec, coder.text([""])
+    coder.release()
     velocity = fast_velocity(model, cfg) if cfg.compile else velocity_of(model)
 
     for step in run.progress(start, cfg.steps, "stage 1"):

@@ -36,6 +36,7 @@ from rollout import draw_plan, self_rollout, velocity_of
 class Config:
     """Stage 2 of BiWM: distribution matching distillation with self-rollout. Running the same command again resumes."""
     backbone: str = "tiny"          # a preset of model.py
+    codec: str = ""                 # of an official backbone: folder or hub repository, by default the official one
     teacher: str = ""               # stage-1 weights; empty: the shipped teacher; random: for speed and memory only
     out: str = "runs/stage2"        # run folder
     steps: int = 60                 # student updates
@@ -137,7 +138,7 @@ def data(cfg, spec, device):
         return (RandomStream(spec, cfg.seed, device),) * 2
     if cfg.preview:
         load_probe(device)
-    coder = codec(cfg.backbone, device)
+    coder = codec(cfg.backbone, device, cfg.codec)
     return coder, WorldStream(coder, cfg.seed, cfg.pool, max(24, cfg.frames + cfg.past), cfg.refresh * cfg.accumulate)
 
 
@@ -163,6 +164,7 @@ def main(cfg):
     if start == 0 and rank() == 0:
         shutil.rmtree(best, ignore_errors=True)                                 # of a run that is no more
     sigmas, empty, share = schedule(cfg.denoise, spec.shift), coder.text([spec.negative]), 1 / cfg.accumulate
+    coder.release()
     recipe = Recipe(cfg.guidance or spec.guidance, spec.shift, cfg.sigma_low, cfg.sigma_high, cfg.denoise, cfg.gan,
                     cfg.teacher_fkl, cfg.real_fkl, cfg.sft)
     shown, _, sampler = samplers_of(models[0], [models[1]], recipe.guidance, few=cfg.denoise)

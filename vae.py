@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from common import autocast, one_line_errors, optional, setup
-from model import PRESETS, preset
+from model import preset
 from weights import component
 
 HISTORY = 32            # latent frames that HunyuanVideo's middle block attends to: its native clip has 31

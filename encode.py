@@ -1,18 +1,22 @@
 """Frozen codecs: video <-> latents, prompt -> text states. Nothing here is trained.
 
+    python encode.py --videos FOLDER --out SHARDS           # a folder of videos into shards: ingest.py
+
 The embedded world's codec is one fixed orthonormal matrix: an 8x8 block DCT (Ahmed, Natarajan, Rao 1974) in an
 orthonormal luma / chroma space, of which the lowest frequencies are kept. It needs no weights and no download.
 """
 
 import math
+import sys
 
 import torch
 from einops import rearrange
 
 import world
-from common import generator
+from common import digest, generator, parse
 from control import poses_from_labels
 from inject import SENTENCES
+from model import PRESETS
 
 BLOCK = 8                                       # pixels per latent, both ways
 KEEP = (16, 4, 4)                               # coefficients kept of luma, blue-yellow, red-green: 24 channels
@@ -46,7 +50,7 @@ def basis():
 class TinyCodec:
     """Codec of the embedded world: uint8 video [B, T, H, W, 3] <-> latents [B, 24, T, H/8, W/8], one per frame."""
 
-    channels = sum(KEEP)
+    spec = PRESETS["tiny"]
 
     def __init__(self, device="cpu"):
         # Divided by the root of the deviation: by the deviation itself, high frequencies would own the loss.
@@ -90,6 +94,10 @@ class TinyCodec:
                 row[i] = self.vectors[self.words[word]]
         return {"text": states.to(self.device)}
 
+    def fingerprint(self):
+        """Stands for what latents and text states mean: shards made with another codec are not for this one."""
+        return f"tiny {digest(BLOCK, KEEP, DEVIATION, GAIN, [*self.words])}"
+
     def sentences(self):
         """The camera sentences of all 81 labels [81, S, 64], zeros after each one's end."""
         states = self.text([s.replace(".", "") for s in SENTENCES])["text"]
@@ -122,4 +130,8 @@ def measure(frames=2048):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 1:                       # videos -> shards
+        import ingest
+        ingest.main(parse(ingest.Config))
+        sys.exit()
     print("DEVIATION = {}\nGAIN = {}\nPSNR {:.2f} dB".format(*measure()))

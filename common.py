@@ -132,6 +132,11 @@ def derive(seed, *names):
     return int.from_bytes(digest[:8], "little") >> 1
 
 
+def digest(*parts):
+    """Twelve hex digits that stand for `parts`, by their repr."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+
+
 def generator(seed, *names):
     return torch.Generator().manual_seed(derive(seed, *names))
 

@@ -1,5 +1,7 @@
 """Frozen codecs: video <-> latents, prompt -> text states. Nothing here is trained.
 
+    python encode.py --videos FOLDER --out SHARDS           # a folder of videos into shards: ingest.py
+
 The embedded world's codec is one fixed orthonormal matrix: an 8x8 block DCT (Ahmed, Natarajan, Rao 1974) in an
 orthonormal luma / chroma space, of which the lowest frequencies are kept. It needs no weights and no download. Those of
 the official backbones (vae.py, language.py) do: diffusers and transformers, the extra `encode`.
@@ -9,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 from functools import lru_cache
 
 import torch
@@ -18,7 +21,7 @@ from safetensors import safe_open
 import language
 import vae
 import world
-from common import generator
+from common import digest, generator, parse
 from control import poses_from_labels
 from inject import SENTENCES
 from model import preset
@@ -73,8 +76,6 @@ class Codec:
 class TinyCodec(Codec):
     """Codec of the embedded world: uint8 video [B, T, H, W, 3] <-> latents [B, 24, T, H/8, W/8], one per frame."""
 
-    channels = sum(KEEP)
-
     def __init__(self, spec, device="cpu"):
         self.spec = spec
         # Divided by the root of the deviation: by the deviation itself, high frequencies would own the loss.
@@ -118,6 +119,10 @@ class TinyCodec(Codec):
                 row[i] = self.vectors[self.words[word]]
         return {"text": states.to(self.device)}
 
+    def fingerprint(self):
+        """Stands for what latents and text states mean: shards made with another codec are not for this one."""
+        return f"tiny {digest(BLOCK, KEEP, DEVIATION, GAIN, [*self.words])}"
+
     def sentences(self):
         """The camera sentences of all 81 labels [81, S, 64], zeros after each one's end."""
         states = self.text([s.replace(".", "") for s in SENTENCES])["text"]
@@ -127,10 +132,6 @@ class TinyCodec(Codec):
         """c2w [B, T, 4, 4] and K [B, T, 3, 3] of one who begins level and obeys `actions` [B, T]; no wall stops it."""
         c2w = poses_from_labels(actions, world.STEP, world.ANGLE).float().to(self.device)
         return c2w, world.K.to(self.device).expand(*actions.shape, 3, 3)
-
-    def fingerprint(self):
-        """Of the analysis matrix and the word vectors: sha256 of their bytes."""
-        return hashlib.sha256(self.analysis.cpu().numpy().tobytes() + self.vectors.numpy().tobytes()).hexdigest()
 
 
 class OfficialCodec(Codec):
@@ -187,12 +188,12 @@ class OfficialCodec(Codec):
         """Of each file: its name, size and a sample of its bytes, of configurations what they say; and the latents'
         statistics. Nothing is loaded."""
         parts = "vae", *language.ENCODERS[self.spec.arch].parts
-        folder, digest = component(self.source, *parts), hashlib.sha256()
+        folder, hashed = component(self.source, *parts), hashlib.sha256()
         files = [file for part in parts for file in sorted((folder / part).rglob("*")) if file.is_file()]
         files += weight_files(folder, self.spec) if (folder / self.spec.file).exists() else []
         for file in files:
-            digest.update(f"{file.relative_to(folder)}\n".encode() + sample(file))
-        return digest.hexdigest()
+            hashed.update(f"{file.relative_to(folder)}\n".encode() + sample(file))
+        return f"{self.spec.name} {hashed.hexdigest()}"
 
 
 def sample(file):
@@ -242,4 +243,8 @@ def measure(frames=2048):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 1:                       # videos -> shards
+        import ingest
+        ingest.main(parse(ingest.Config))
+        sys.exit()
     print("DEVIATION = {}\nGAIN = {}\nPSNR {:.2f} dB".format(*measure()))

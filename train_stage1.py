@@ -21,7 +21,7 @@ from common import (EMA, derive, descend, one_line_errors, parse, provenance, ra
                     shutdown)
 from parallel import compile_blocks
 from control import NO_ACTION, Condition, Control, attach
-from data import WorldStream
+from data import open_stream
 from encode import codec
 from flow import add_noise, draw_sigma, flow_loss
 from model import PRESETS, build, load
@@ -39,6 +39,7 @@ class Config:
     init_partial: bool = False      # take of them what fits: other control, missing or surplus tensors
     train: str = "all"              # all weights, or control: only those of --control, on a frozen --init
     save_trained: bool = False      # with --train control: save those alone; --init is needed to load them
+    data: str = ""                  # folder of shards (encode.py, doom.py); empty: the embedded world, rendered live
     out: str = "runs/stage1"        # run folder
     steps: int = 2000               # optimizer steps
     seed: int = 0                   # of everything random
@@ -190,7 +191,7 @@ def prepare(cfg):
     device = setup()
     coder = codec(cfg.backbone, device, cfg.codec)
     model = initial_model(cfg, coder, device)
-    stream = WorldStream(coder, cfg.seed, cfg.pool, max(48, cfg.frames), cfg.refresh)
+    stream = open_stream(cfg.data, coder, model.spec, cfg.seed, cfg.frames, cfg.pool, 48, cfg.refresh)
     return device, model, coder, stream, Run(cfg.out, cfg)
 
 

@@ -20,7 +20,7 @@ from checkpoint import Run, load_checkpoint, save_checkpoint
 from common import (EMA, derive, descend, fail, mean_over_ranks, one_line_errors, parse, provenance, rank,
                     require_positive, reseed, setup, shutdown)
 from parallel import checkpoint_blocks, compile_blocks
-from data import RandomStream, WorldStream
+from data import RandomStream, open_stream
 from dmd import Clip, Discriminator, Head, Networks, Recipe, critic_gradients, student_gradients
 from encode import codec
 from evaluate import load_probe, samplers_of
@@ -38,6 +38,7 @@ class Config:
     backbone: str = "tiny"          # a preset of model.py
     codec: str = ""                 # of an official backbone: folder or hub repository, by default the official one
     teacher: str = ""               # stage-1 weights; empty: the shipped teacher; random: for speed and memory only
+    data: str = ""                  # folder of shards (encode.py, doom.py); empty: the embedded world, rendered live
     out: str = "runs/stage2"        # run folder
     steps: int = 60                 # student updates
     seed: int = 0                   # of everything random
@@ -92,6 +93,7 @@ class Config:
              f"--sigma_low {self.sigma_low} must be below --sigma_high {self.sigma_high}, both in 0..1"),
             (self.teacher_fkl and self.denoise < 2, "--teacher_fkl takes one step for itself: --denoise 2 or more"),
             (self.validate and not self.preview, "--validate needs sequences: --preview above 0"),
+            (self.preview and self.data, "--preview compares with the embedded world: with --data say --preview 0"),
             (self.preview and self.teacher == "random", "--teacher random dreams nothing to look at: --preview 0")]
         for bad, message in wrong:
             if bad:
@@ -134,12 +136,13 @@ def networks(cfg, device):
 
 def data(cfg, spec, device):
     """The codec and the stream of clips."""
-    if cfg.teacher == "random":
+    if cfg.teacher == "random" and not cfg.data:
         return (RandomStream(spec, cfg.seed, device),) * 2
     if cfg.preview:
         load_probe(device)
     coder = codec(cfg.backbone, device, cfg.codec)
-    return coder, WorldStream(coder, cfg.seed, cfg.pool, max(24, cfg.frames + cfg.past), cfg.refresh * cfg.accumulate)
+    return coder, open_stream(cfg.data, coder, spec, cfg.seed, cfg.frames + cfg.past, cfg.pool, 24,
+                              cfg.refresh * cfg.accumulate)
 
 
 def adamw(module, lr, device):

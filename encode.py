@@ -137,7 +137,7 @@ class TinyCodec(Codec):
 class OfficialCodec(Codec):
     """Codec of an official backbone: its VAE and its text encoders, from `source` in diffusers' layout."""
 
-    STEP, ANGLE = 0.05, 3.0     # of one latent frame: 20 of them are as long as `Cameras.normalised` makes a clip; degrees
+    STEP, ANGLE = 0.05, 3.0     # of a latent frame: 20 steps ahead are what `Cameras.normalised` makes 1; degrees
     WIDE = 60.0                 # degrees that the picture is wide, when no one knows better
 
     def __init__(self, spec, device, source):
@@ -178,7 +178,7 @@ class OfficialCodec(Codec):
         return torch.nn.utils.rnn.pad_sequence([row for row, _ in rows], batch_first=True).to(self.device)
 
     def cameras(self, actions):
-        """Labels have no scale and no lens: STEP, ANGLE and WIDE are conventions, those of `Cameras.normalised` clips."""
+        """Labels have no scale and no lens: STEP, ANGLE and WIDE are conventions."""
         c2w = poses_from_labels(actions, self.STEP, self.ANGLE).float().to(self.device)
         f = 0.5 / math.tan(math.radians(self.WIDE / 2))
         K = torch.tensor([[f, 0, 0.5], [0, f * self.spec.size[2] / self.spec.size[1], 0.5], [0, 0, 1]])
@@ -200,7 +200,8 @@ def sample(file):
     """What `fingerprint` takes of a file: bytes that differ if its content does, but for changes made to hide."""
     if file.name == "config.json":                      # which version wrote it does not matter
         config = json.loads(file.read_text())
-        return json.dumps({k: v for k, v in config.items() if "version" not in k and k[0] != "_"}, sort_keys=True).encode()
+        config = {key: value for key, value in config.items() if "version" not in key and key[0] != "_"}
+        return json.dumps(config, sort_keys=True).encode()
     size, part = file.stat().st_size, 2 ** 16
     with open(file, "rb") as stream:
         taken = [os.pread(stream.fileno(), part, at) for at in (0, size // 2, max(0, size - part))]

@@ -206,7 +206,7 @@ def finished(cfg, jobs, coder):
 def prepare(cfg):
     """The codec, the items and the jobs [(path, items)]; a folder of other settings or videos is refused."""
     items, out = find(cfg.videos, cfg.metadata), Path(cfg.out)
-    coder = codec(cfg.backbone, "cuda" if torch.cuda.is_available() else "cpu")
+    coder = codec(cfg.backbone, "cuda" if torch.cuda.is_available() else "cpu", cfg.codec)
     free = {"out", "workers", "codec", "tolerate", "held_out", "videos", "metadata"}                 # may change on resuming
     settings = {key: value for key, value in asdict(cfg).items() if key not in free}
     settings |= {"codec": coder.fingerprint(), "items": digest([str(item) for item in items])}

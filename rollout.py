@@ -259,7 +259,7 @@ class Config:
 
     def __post_init__(self):
         if self.start not in ("", "frame", "clip", "dream") or (self.image and self.video):
-            raise ValueError(f"--start is frame, clip or dream, or --image or --video stands for it; got '{self.start}'")
+            raise ValueError("--start is frame, clip or dream; --image or --video, not both, stand for it")
         if self.truth and (self.start == "dream" or self.image or self.video):
             raise ValueError("--truth needs a start in the exact world: --start frame or clip, no --image, no --video")
         if Path(self.out).suffix not in (".mp4", ".gif"):
@@ -271,7 +271,7 @@ class Config:
 
 
 def begin(cfg, spec):
-    """The start that `cfg` asks for: the exact world or None, first frames [F, H, W, 3] or None (words alone), words."""
+    """The start that `cfg` asks for: the exact world or None, first frames [F, H, W, 3] or None, and the words."""
     embedded = spec.size[1:] == world.FRAME
     if not embedded and (cfg.start in ("clip", "frame") or cfg.truth):
         raise ValueError(f"{spec.name} knows no exact world: it starts from --image, --video or --prompt alone")

@@ -225,7 +225,7 @@ LTX23 = {"block_out_channels": (256, 512, 1024, 1024), "layers_per_block": (4, 6
          "upsample_type": ("spatiotemporal", "spatiotemporal", "temporal", "spatial"),
          "upsample_residual": (False,) * 4, "upsample_factor": (2, 2, 1, 2), "decoder_causal": False,
          "decoder_spatial_padding_mode": "zeros"}
-OFFICIAL = {"wan2.1-1.3b": {}, "wan2.2-5b": WAN22, "hunyuan1.5-8b": {}, "ltx2.3-22b": LTX23}    # constructors' arguments
+OFFICIAL = {"wan2.1-1.3b": {}, "wan2.2-5b": WAN22, "hunyuan1.5-8b": {}, "ltx2.3-22b": LTX23}       # arguments
 
 
 def timed(function, device):

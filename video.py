@@ -13,8 +13,8 @@ from control import keys_from_label
 
 
 def read_picture(file, spec):
-    """A PNG or JPEG as a start, uint8 [1, H, W, 3]: scaled to cover the model's frame and cut around its middle. One for
-    the embedded world has exactly its size: to a world drawn pixel by pixel, a photograph means nothing."""
+    """A PNG or JPEG as a start, uint8 [1, H, W, 3]: scaled to cover the frame of the model, cut around its middle. For
+    the embedded world it has the size already: to a world drawn pixel by pixel, a photograph means nothing."""
     try:
         with Image.open(file, formats=("PNG", "JPEG")) as picture:
             if spec.stride[0] == 1 and picture.size != spec.size[:0:-1]:
@@ -31,13 +31,13 @@ def cover(picture, spec):
 
 
 def read_video(path, spec):
-    """The end of a video as a start, at the model's rate (by time) and size: uint8 [F, H, W, 3], the pixel frames of one
-    chunk of latent frames."""
+    """The end of a video as a start, at the model's rate (by time) and size: uint8 [F, H, W, 3], the pixel frames of
+    one chunk of latent frames."""
     count = 1 + spec.stride[0] * (spec.chunk - 1)
     try:
         with imageio.get_reader(path, "ffmpeg", fps=spec.fps) as reader:
             frames = deque(reader, count)
-    except (OSError, RuntimeError, IndexError) as error:                        # what imageio says of no or a broken video
+    except (OSError, RuntimeError, IndexError) as error:                        # what imageio says of a broken one
         raise ValueError(f"{path} is no video that ffmpeg can read: {str(error).splitlines()[0]}") from None
     if len(frames) < count:
         raise ValueError(f"{path} has {len(frames)} frames at {spec.fps:g} a second; a start has {count} "

@@ -95,9 +95,9 @@ class Wan(Autoencoder):
         """One latent frame at a time, as the library does it; the list of past features is ours to keep."""
         convolutions = sum(isinstance(m, torch.nn.Conv3d) for m in self.net.decoder.modules())
         begins, cache = "cache" not in state, [*state.get("cache", [None] * convolutions)]
-        z, frames = self.net.post_quant_conv(z), []
-        for i in range(z.shape[2]):
-            frames.append(self.net.decoder(z[:, :, i:i + 1], feat_cache=cache, feat_idx=[0],
+        frames = []
+        for i, frame in enumerate(z.split(1, 2)):
+            frames.append(self.net.decoder(self.net.post_quant_conv(frame), feat_cache=cache, feat_idx=[0],
                                            first_chunk=begins and i == 0))
         state["cache"], p = cache, self.net.config.patch_size or 1
         return rearrange(torch.cat(frames, 2), "b (c q p) f h w -> b c f (h p) (w q)", p=p, q=p).clamp(-1, 1)

@@ -1,4 +1,11 @@
-"""Tiny random codecs of the official backbones, saved in the layout of the hub: what tests read instead of downloads."""
+"""Tiny random stand-ins for the official backbones and their codecs, in the layouts of the hub: nothing is downloaded.
+
+    python tests/official.py train_stage1.py ...        # a command of this project with the presets so small
+"""
+
+import runpy
+import sys
+from dataclasses import replace
 
 import diffusers
 import torch
@@ -10,8 +17,11 @@ import language
 import model
 import vae
 
-WIDTH = {"wan": 24, "hunyuan": 24, "ltx": 64}           # of the text states that the backbone is given
-CHANNELS = {"wan": 4, "hunyuan": 4, "ltx": 8}
+COMMON = {"layers": 2, "heads": 2, "freq_dim": 32, "chunk": 2, "window": 4}
+SMALL = {"wan": {**COMMON, "dim": 64, "ffn": 96, "channels": 4, "text_dim": 24, "text_len": 64},
+         "hunyuan": {**COMMON, "dim": 64, "ffn": 96, "channels": 4, "text_dim": 24, "text_len": 96, "glyph_dim": 32,
+                     "vision_dim": 20, "rope_dims": (8, 12, 12), "refiner": 1},
+         "ltx": {**COMMON, "dim": 64, "ffn": 96, "channels": 8, "text_dim": 64, "text_len": 32}}
 STATISTICS = {"latents_mean": [0.1, -0.2, 0.3, 0.4], "latents_std": [1.0, 2.0, 0.5, 0.7]}
 TINY = {"wan2.1-1.3b": {"base_dim": 8, "z_dim": 4, **STATISTICS},
         "wan2.2-5b": {**vae.WAN22, "base_dim": 8, "decoder_base_dim": 12, "z_dim": 4, **STATISTICS},
@@ -34,9 +44,25 @@ def randomise(net, seed=0):
 
 
 def spec_of(name):
-    arch = model.PRESETS[name].arch
-    return model.preset(name, channels=CHANNELS[arch], text_dim=WIDTH[arch], text_len={"wan": 64, "hunyuan": 96,
-                                                                                       "ltx": 32}[arch])
+    """The preset, small: two latent frames a chunk, four a window, pictures of 64 rows and 96 or more columns."""
+    spec = model.PRESETS[name]
+    return replace(spec, **SMALL[spec.arch], size=(1 + 3 * spec.stride[0], 64, 128))
+
+
+def shrink():
+    """Make the presets small in this process."""
+    model.PRESETS.update({name: spec_of(name) for name in TINY})
+
+
+def make_checkpoint(name, folder):
+    """A random checkpoint of the small preset in the official layout."""
+    spec = spec_of(name)
+    net = randomise(model.ARCHITECTURES[spec.arch](spec))
+    prefix = "model.diffusion_model." if spec.arch == "ltx" else ""
+    file = folder / spec.file.replace("*", "")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({prefix + key: p.contiguous() for key, p in net.state_dict().items()}, file)
+    return folder
 
 
 def make_vae(name):
@@ -107,3 +133,9 @@ def make_codec(name, folder):
     if model.PRESETS[name].arch == "ltx":
         make_connector(folder)
     return folder
+
+
+if __name__ == "__main__":
+    shrink()
+    sys.argv = sys.argv[1:]
+    runpy.run_path(sys.argv[0], run_name="__main__")

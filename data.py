@@ -176,6 +176,8 @@ class ShardStream:
 
 def open_stream(folder, coder, spec, seed, frames, pool, length, refresh):
     """Clips of up to `frames` latent frames: of the shards in `folder` or, if it is "", of the embedded world."""
+    if not folder and spec.stride[0] > 1:
+        raise ValueError(f"{spec.name} does not learn from the embedded world; encode.py makes shards: --data FOLDER")
     if not folder:
         return WorldStream(coder, seed, pool, max(length, frames), refresh)
     stream = ShardStream(folder, spec, coder.fingerprint(), seed, coder.device)

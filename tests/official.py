@@ -44,9 +44,9 @@ def randomise(net, seed=0):
 
 
 def spec_of(name):
-    """The preset, small: two latent frames a chunk, four a window, pictures of 64 rows and 96 or more columns."""
+    """The preset, small: two latent frames a chunk, four a window, pictures of 32 rows and 64 columns."""
     spec = model.PRESETS[name]
-    return replace(spec, **SMALL[spec.arch], size=(1 + 3 * spec.stride[0], 64, 128))
+    return replace(spec, **SMALL[spec.arch], size=(1 + 3 * spec.stride[0], 32, 64))
 
 
 def shrink():

@@ -6,8 +6,11 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import diffusers
+import imageio.v3 as iio
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from diffusers.video_processor import VideoProcessor
 from safetensors.torch import load_file, save_file
 
@@ -19,6 +22,7 @@ import vae
 from control import Condition, Control
 from inject import SENTENCES
 from rollout import WorldModel, velocity_of
+from video import VideoFile, draw_keys, read_picture, read_video, spread
 
 NAMES = list(official.TINY)
 PROMPTS = ["A street.", "  Tom &amp;amp; \n\n Jerry ", "", 'A sign says "left" and “right”, "left" again.', "long " * 60]
@@ -69,7 +73,7 @@ def statistics(net):
     return mean.view(1, -1, 1, 1, 1), 1 / std.view(1, -1, 1, 1, 1)
 
 
-def clips(coder, latent_frames, count=1, size=(64, 128)):
+def clips(coder, latent_frames, count=1, size=(32, 64)):
     g = torch.Generator().manual_seed(latent_frames)
     frames = 1 + coder.spec.stride[0] * (latent_frames - 1)
     smooth = torch.rand(count, 3, frames, 4, 6, generator=g)
@@ -81,12 +85,12 @@ def clips(coder, latent_frames, count=1, size=(64, 128)):
 
 @torch.no_grad()
 def test_encoding_and_decoding_are_the_librarys(ours):
-    net, video = library(ours), clips(ours, 4, 2, (64, 96))
+    net, video = library(ours), clips(ours, 4, 2)
     mean, factor = statistics(net)
     want = (net.encode(video.permute(0, 4, 1, 2, 3) / 127.5 - 1).latent_dist.mode() - mean) * factor
     z = ours.encode(video)
     t, h, w = ours.spec.stride
-    assert z.shape == (2, ours.spec.channels, 4, 64 // h, 96 // w) and z.dtype == torch.float32
+    assert z.shape == (2, ours.spec.channels, 4, 32 // h, 64 // w) and z.dtype == torch.float32
     assert (z - want).abs().max() < 1e-5 * want.abs().max() and want.std() > 0.05
     assert torch.equal(z[1:], ours.encode(video[1:]))
     with torch.autocast("cpu", torch.bfloat16):                                         # encoding is always fp32
@@ -324,7 +328,7 @@ def test_cameras_of_keys_walk_and_turn_under_a_lens(folders):
     coder = encode.codec("wan2.1-1.3b", "cpu", str(folders("wan2.1-1.3b")))
     c2w, K = coder.cameras(torch.tensor([[0, 9, 3]]))
     assert c2w.shape == (1, 3, 4, 4) and c2w[0, 1:, 2, 3].tolist() == pytest.approx([coder.STEP] * 2)
-    assert K.shape == (1, 3, 3, 3) and float(K[0, 0, 1, 1] / K[0, 0, 0, 0]) == pytest.approx(128 / 64)  # square pixels
+    assert K.shape == (1, 3, 3, 3) and float(K[0, 0, 1, 1] / K[0, 0, 0, 0]) == pytest.approx(64 / 32)  # square pixels
 
 
 # ---- Rolled out ------------------------------------------------------------------------------------------------------
@@ -345,7 +349,7 @@ def worlds(folders):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_dream_starts_with_one_pixel_frame_and_goes_on_without_seams(worlds, name):
     dream, t = worlds(name), model.PRESETS[name].stride[0]
-    assert dream.reset("A street.", seed=1).shape == (1 + t, 64, 128, 3)                # two latent frames
+    assert dream.reset("A street.", seed=1).shape == (1 + t, 32, 64, 3)                # two latent frames
     frames, latents = [], [dream.latents]
     for actions in ([9, 9], [12], [3, 0]):
         here = dream.state()
@@ -363,11 +367,11 @@ def test_a_dream_starts_with_one_pixel_frame_and_goes_on_without_seams(worlds, n
 def test_starts_are_encoded_and_the_guided_teacher_is_told_of_them_twice(worlds, name):
     dream, t = worlds(name, guidance=3.0, use_ode=True), model.PRESETS[name].stride[0]
     for count in (1, 2):
-        first = torch.randint(256, (1 + t * (count - 1), 64, 128, 3), dtype=torch.uint8)
+        first = torch.randint(256, (1 + t * (count - 1), 32, 64, 3), dtype=torch.uint8)
         assert dream.reset("A street.", first, actions=[0] * count).shape == first.shape
         assert torch.equal(dream.latents, dream.codec.encode(first[None])) and len(dream.step([9, 9])) == 2 * t
     before = dream.state()
-    for refused, message in ((first[:-1], "frames"), (first[:, :32], "64x128"), (first[:, :, :100], "divisible")):
+    for refused, message in ((first[:-1], "frames"), (first.tile(1, 2, 1, 1), "32x64"), (first[:, :, :50], "divisible")):
         with pytest.raises(ValueError, match=message):
             dream.reset("Other.", refused)
     assert torch.equal(dream.latents, before["latents"]) and dream.text is before["text"]
@@ -404,3 +408,56 @@ def test_guidance_without_words_still_sees_the_picture():
     assert null.control is None and null.start == 7 and {*null.text} == {*text}
     assert null.text["vision"] is text["vision"] and null.text["image"] is text["image"]
     assert null.text["text"].shape == (2, 3, 4) and not null.text["text"].any() and null.text["text_mask"].shape == (2, 3)
+
+
+# ---- Pictures in, pictures out ---------------------------------------------------------------------------------------
+
+def test_a_picture_of_any_size_covers_the_frame_without_being_stretched(tmp_path):
+    spec = model.PRESETS["wan2.1-1.3b"]
+    picture = np.zeros((90, 200, 3), np.uint8)
+    picture[:, 100:] = 255                                                              # the edge is in the middle
+    Image.fromarray(picture).save(tmp_path / "wide.png")
+    wide = read_picture(tmp_path / "wide.png", spec)
+    assert wide.shape == (1, 32, 64, 3) and wide[0, :, :30].max() < 9 and wide[0, :, 34:].min() > 246
+    picture = Image.fromarray(picture)
+    picture.rotate(90, expand=True).save(tmp_path / "turned.jpg", exif=bytes.fromhex(
+        "45786966000049492a0008000000010012010300010000000600000000000000"))              # orientation 6: a phone's
+    assert (read_picture(tmp_path / "turned.jpg", spec).int() - wide.int()).abs().float().mean() < 5
+
+
+def test_a_video_start_is_its_end_at_the_models_rate(tmp_path):
+    spec = replace(model.PRESETS["wan2.1-1.3b"], fps=16, chunk=2)                       # five pixel frames
+    shades = np.arange(40, 240, 5, dtype=np.uint8)                                      # 40 frames, 32 a second
+    iio.imwrite(tmp_path / "x.mp4", np.tile(shades[:, None, None, None], (1, 48, 96, 3)), fps=32, codec="libx264")
+    start = read_video(tmp_path / "x.mp4", spec)
+    steps = start.float().mean((1, 2, 3)).diff()
+    assert start.shape == (5, 32, 64, 3) and ((steps - 10).abs() < 3).all() and start[-1].float().mean() > 220
+    with pytest.raises(ValueError, match="has 5 frames at 4 a second; a start has 25"):
+        read_video(tmp_path / "x.mp4", replace(spec, fps=4, chunk=7))
+    (tmp_path / "no.mp4").write_bytes(b"no video")
+    for name in ("no.mp4", "absent.mp4"):
+        with pytest.raises(ValueError, match=f"{name} is no video"):
+            read_video(tmp_path / name, spec)
+
+
+def test_labels_are_spread_over_pixel_frames():
+    assert spread([3, 9], 5, 4) == [3, 9, 9, 9, 9] and spread([9, 12], 8, 4) == [9] * 4 + [12] * 4
+    assert spread(torch.tensor([0, 1, 2]), 3, 1) == [0, 1, 2]
+
+
+def test_keys_are_drawn_as_large_on_any_screen_and_only_small_ones_are_enlarged():
+    small, large = torch.zeros(2, 64, 96, 3, dtype=torch.uint8), torch.zeros(2, 480, 832, 3, dtype=torch.uint8)
+    small, large = draw_keys(small, [9, 0]), draw_keys(large, [9, 0])
+    assert small.shape == (2, 256, 384, 3) and large.shape == (2, 480, 832, 3)
+    bright = [np.argwhere(frames[0].max(-1) > 200) for frames in (small, large)]        # W is pressed
+    assert bright[0].min(0) / 256 == pytest.approx(bright[1].min(0) / 480, abs=0.02)
+
+
+def test_a_file_is_written_while_its_frames_are_made(tmp_path):
+    for name in ("walk.mp4", "walk.gif"):
+        file = VideoFile(tmp_path / name, 8)
+        for shade in (0, 100, 200):
+            file.add(np.full((2, 64, 96, 3), shade, np.uint8))
+        file.close()
+        frames = iio.imread(tmp_path / name)
+        assert file.frames == len(frames) == 6 and frames[4].mean() == pytest.approx(200, abs=3)

@@ -145,7 +145,7 @@ def frames_of(path, picture_fps):
                 raise Refused("truncated", f"{len(ends)} of {stream.frames or f'{promised:.1f} seconds of'} frames")
         with av.open(str(path)) as file:
             stream = file.streams[films[0]]
-            stream.codec_context.options = {"err_detect": "explode"}                    # damage is an error, not smeared
+            stream.codec_context.options = {"err_detect": "explode"}                    # or damage is smeared over
             for seconds, picture, turns in upright(file.decode(stream)):
                 aspect = float(stream.sample_aspect_ratio or 1)
                 yield seconds, picture, 1 / aspect if turns % 2 else aspect

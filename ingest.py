@@ -18,23 +18,20 @@ labels last --action_stride frames of the file.
 """
 
 import json
-import time
-from contextlib import suppress
+from collections import Counter
 from dataclasses import asdict, dataclass
-from itertools import chain
-from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from camera import crop_K, read_cameras, relative
 from common import digest, fail, one_line_errors, require_positive
 from control import labels_from_poses, parse_actions, resample
 from encode import codec
 from footage import Refused, at_rate, find, fit, frames_of
+from jobs import finished, plan, stop_without_parent
 from model import PRESETS
-from shards import Recording, notes_of, replace, write_index, write_shard
+from shards import Recording, notes_of, write_index, write_shard, write_text
 
 REPEATS = 0.02                      # share of frames that may be shown twice where the rate is raised
 
@@ -153,109 +150,57 @@ def labels_of(item, cfg, times, clips, stride):
 
 # ---- The run ---------------------------------------------------------------------------------------------------------
 
-def encode_shard(path, items, cfg, coder):
-    """Make one shard; an item that gives no clips is noted in it. Ends if the process that started this one is gone."""
-    recordings, refused = [], []
-    for item in items:
-        if parent_process() and not parent_process().is_alive():
-            raise SystemExit("the main process has ended")
-        try:
-            recordings += clips_of(item, cfg, coder)
-        except Refused as error:
-            refused.append({"name": item.name, "result": error.args[0], "detail": error.args[1]})
-    write_shard(path, header(cfg, coder), recordings, refused)
-
-
-def header(cfg, coder):
-    return {"backbone": cfg.backbone, "codec": coder.fingerprint(), "fps": cfg.fps, "frames": cfg.frames,
-            "size": [cfg.height, cfg.width]}
-
-
-def work(number, cfg, jobs):
-    """A process of its own: every --workers'th job."""
-    torch.set_num_threads(1)
-    device = f"cuda:{number % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+def maker(cfg, device):
+    """A process's function (path, items) that makes a shard; an item that gives no clips is noted in it."""
     coder = codec(cfg.backbone, device, cfg.codec)
-    for path, items in jobs[number::cfg.workers]:
-        encode_shard(path, items, cfg, coder)
 
-
-def finished(cfg, jobs, coder):
-    """Do the jobs [(path, items)] and yield each one when its shard is there."""
-    if cfg.workers == 1:
-        for path, items in jobs:
-            encode_shard(path, items, cfg, coder)
-            yield path, items
-        return
-    context = get_context("spawn")
-    workers = [context.Process(target=work, args=(i, cfg, jobs), daemon=True) for i in range(cfg.workers)]
-    for worker in workers:
-        worker.start()
-    while jobs:
-        over = [worker.exitcode for worker in workers]              # before looking at files: then all are written
-        there = {path for path, _ in jobs if path.exists()}
-        yield from (job for job in jobs if job[0] in there)
-        jobs = [job for job in jobs if job[0] not in there]
-        if jobs and any(over) or jobs and None not in over:
-            fail(f"a worker ended with {over}; what is finished is kept: run the same command again")
-        time.sleep(0.1)
-    for worker in workers:
-        worker.join()
+    def make(path, items):
+        recordings, refused = [], []
+        for item in items:
+            stop_without_parent()
+            try:
+                recordings += clips_of(item, cfg, coder)
+            except Refused as error:
+                refused.append({"name": item.name, "result": error.args[0], "detail": error.args[1]})
+        write_shard(path, {"backbone": cfg.backbone, "codec": coder.fingerprint(), "fps": cfg.fps}, recordings, refused)
+    return make
 
 
 def prepare(cfg):
-    """The codec, the items and the jobs [(path, items)]; a folder of other settings or videos is refused."""
-    items, out = find(cfg.videos, cfg.metadata), Path(cfg.out)
-    coder = codec(cfg.backbone, "cuda" if torch.cuda.is_available() else "cpu", cfg.codec)
-    free = {"out", "workers", "codec", "tolerate", "held_out", "videos", "metadata"}                 # may change on resuming
+    """The items and the jobs of their shards."""
+    items = find(cfg.videos, cfg.metadata)
+    free = {"out", "workers", "codec", "tolerate", "held_out", "videos", "metadata"}      # may change on resuming
     settings = {key: value for key, value in asdict(cfg).items() if key not in free}
+    coder = codec(cfg.backbone, "cpu", cfg.codec)
     settings |= {"codec": coder.fingerprint(), "items": digest([str(item) for item in items])}
-    path = out / "settings.json"
-    out.mkdir(parents=True, exist_ok=True)
-    if path.exists() and (old := json.loads(path.read_text())) != settings:
-        changed = [f"{key} {old.get(key)} -> {value}" for key, value in settings.items() if old.get(key) != value]
-        raise ValueError(f"{out} holds shards of other videos or settings ({', '.join(changed)}); choose another --out")
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(settings, indent=1) + "\n")
-    replace(partial, path)
-    return coder, items, [(out / f"shard-{i // cfg.shard:05d}.safetensors", items[i:i + cfg.shard])
-                          for i in range(0, len(items), cfg.shard)]
+    return items, plan(cfg.out, settings, items, cfg.shard)
 
 
-def report(out, total, jobs):
-    """report.json of the finished shards: counts of results, and every refused item with its shard."""
-    refused, clips, items = [], 0, 0
-    for path, part in jobs:
-        with suppress(FileNotFoundError):
-            notes = notes_of(path)
-            refused += [{**entry, "shard": path.name} for entry in notes["refused"]]
-            clips, items = clips + len(notes["clips"]), items + len(part)
-    counts = {"ok": items - len(refused)}
-    for entry in refused:
-        counts[entry["result"]] = counts.get(entry["result"], 0) + 1
-    summary = {"videos": total, "done": items, "clips": clips, "results": counts, "refused": refused}
-    partial = Path(out) / "report.partial"
-    partial.write_text(json.dumps(summary, indent=1) + "\n")
-    replace(partial, Path(out) / "report.json")
+def report(out, items, done):
+    """report.json of the shards that are `done` [(path, items)]: counts of results, every refused item, its shard."""
+    notes = [(path.name, notes_of(path)) for path, _ in done]
+    refused = [{**entry, "shard": name} for name, note in notes for entry in note["refused"]]
+    over = sum(len(part) for _, part in done)
+    counts = {"ok": over - len(refused), **Counter(entry["result"] for entry in refused)}
+    summary = {"videos": len(items), "done": over, "clips": sum(len(note["clips"]) for _, note in notes),
+               "results": counts, "refused": refused}
+    write_text(Path(out) / "report.json", json.dumps(summary, indent=1) + "\n")
     return summary
 
 
 def main(cfg):
     with one_line_errors():
-        coder, items, jobs = prepare(cfg)
-        todo, bad = [job for job in jobs if not job[0].exists()], 0
-        done = [job for job in jobs if job[0].exists()]
-        bar = tqdm(total=len(items), desc="videos", initial=sum(len(part) for _, part in done), dynamic_ncols=True)
-        for path, part in chain(done, finished(cfg, todo, coder)):
-            bad += len(notes_of(path)["refused"])
-            bar.update(len(part) * ((path, part) in todo))
+        items, jobs = prepare(cfg)
+        done, bad = [], 0
+        for job in finished(jobs, cfg.workers, maker, cfg):
+            done.append(job)
+            bad += len(notes_of(job[0])["refused"])
             if bad > cfg.tolerate * len(items):
                 break
-        bar.close()
-        summary = report(cfg.out, len(items), jobs)
+        summary = report(cfg.out, items, done)
         print("\n".join(f"{count:8d}  {result}" for result, count in summary["results"].items()))
         if bad > cfg.tolerate * len(items):
-            fail(f"{bad} of {len(items)} videos are refused, more than --tolerate {cfg.tolerate:g}: see "
-                 f"{cfg.out}/report.json. Mend them and delete their shards, or tolerate more, and run the same command again")
+            fail(f"{bad} of {len(items)} videos are refused, more than --tolerate {cfg.tolerate:g}; {cfg.out}/report.json"
+                 " lists them. Mend them and delete their shards, or tolerate more, and run the same command again")
         write_index(cfg.out, cfg.held_out)
-        print(f"wrote {cfg.out}: {summary['clips']} clips of {summary['done']} videos; report.json, index.jsonl")
+        print(f"wrote {cfg.out}: {summary['clips']} clips of {len(items)} videos; report.json, index.jsonl")

@@ -81,6 +81,13 @@ def replace(partial, path):
     os.replace(partial, path)
 
 
+def write_text(path, text):
+    """A small file that exists completely or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    replace(partial, path)
+
+
 def notes_of(path):
     """What `write_shard` noted in a file."""
     with safe_open(path, "pt") as file:
@@ -98,13 +105,11 @@ def write_index(folder, held_out):
     shards = [(path, notes_of(path)) for path in sorted(Path(folder).glob("shard-*.safetensors"))]
     scenes = sorted({clip["scene"] for _, notes in shards for clip in notes["clips"]}, key=digest)
     test = scenes[:max(1, round(held_out * len(scenes)))] if held_out and len(scenes) > 1 else []
-    partial = Path(folder) / "index.partial"
-    with open(partial, "w") as file:
-        for path, notes in shards:
-            clips = [{**clip, "split": "test" if clip["scene"] in test else "train"} for clip in notes.pop("clips")]
-            line = {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path), **notes, "clips": clips}
-            file.write(json.dumps(line) + "\n")
-    replace(partial, Path(folder) / "index.jsonl")
+    lines = []
+    for path, notes in shards:
+        clips = [{**clip, "split": "test" if clip["scene"] in test else "train"} for clip in notes.pop("clips")]
+        lines.append({"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path), **notes, "clips": clips})
+    write_text(Path(folder) / "index.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def read_index(folder):

@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 
 from control import keys_from_label
+from footage import Refused, at_rate, fit, frames_of
 
 
 def read_picture(file, spec):
@@ -19,30 +20,24 @@ def read_picture(file, spec):
         with Image.open(file, formats=("PNG", "JPEG")) as picture:
             if spec.stride[0] == 1 and picture.size != spec.size[:0:-1]:
                 raise ValueError("a start picture has {}x{} pixels, not {}x{}".format(*spec.size[:0:-1], *picture.size))
-            return cover(ImageOps.exif_transpose(picture).convert("RGB"), spec)[None]
+            picture = ImageOps.exif_transpose(picture).convert("RGB")
+            return torch.tensor(np.asarray(ImageOps.fit(picture, spec.size[:0:-1], Image.LANCZOS)))[None]
     except (SyntaxError, Image.DecompressionBombError) as error:                # what Pillow says of a broken PNG
         raise ValueError(f"not a picture: {error}") from None
 
 
-def cover(picture, spec):
-    """A picture, scaled to cover the model's frame and cut around its middle, as uint8 [H, W, 3]."""
-    size = spec.size[:0:-1]
-    return torch.tensor(np.asarray(picture if picture.size == size else ImageOps.fit(picture, size, Image.LANCZOS)))
-
-
 def read_video(path, spec):
-    """The end of a video as a start, at the model's rate (by time) and size: uint8 [F, H, W, 3], the pixel frames of
-    one chunk of latent frames."""
-    count = 1 + spec.stride[0] * (spec.chunk - 1)
+    """The end of a video or folder of pictures as a start, at the model's rate (by time) and size: uint8 [F, H, W, 3],
+    the pixel frames of one chunk of latent frames."""
+    count, (_, H, W) = 1 + spec.stride[0] * (spec.chunk - 1), spec.size
     try:
-        with imageio.get_reader(path, "ffmpeg", fps=spec.fps) as reader:
-            frames = deque(reader, count)
-    except (OSError, RuntimeError, IndexError) as error:                        # what imageio says of a broken one
-        raise ValueError(f"{path} is no video that ffmpeg can read: {str(error).splitlines()[0]}") from None
-    if len(frames) < count:
-        raise ValueError(f"{path} has {len(frames)} frames at {spec.fps:g} a second; a start has {count} "
-                         f"({count / spec.fps:.2f} s). Start from one picture of it: --image")
-    return torch.stack([cover(Image.fromarray(frame), spec) for frame in frames])
+        frames = deque((frame for _, frame in at_rate(frames_of(Path(path), spec.fps), spec.fps)), count)
+        if len(frames) < count:
+            raise Refused("too short", f"{len(frames)} frames at {spec.fps:g} a second, a start has {count}; take one "
+                                       "picture of it: --image")
+        return torch.stack([torch.tensor(fit(picture, aspect, W, H)[0]) for _, picture, aspect in frames])
+    except Refused as error:
+        raise ValueError(f"{path} is {': '.join(error.args)}") from None
 
 
 def spread(labels, frames, stride):

@@ -426,17 +426,18 @@ def test_a_picture_of_any_size_covers_the_frame_without_being_stretched(tmp_path
 
 
 def test_a_video_start_is_its_end_at_the_models_rate(tmp_path):
+    pytest.importorskip("av")
     spec = replace(model.PRESETS["wan2.1-1.3b"], fps=16, chunk=2)                       # five pixel frames
     shades = np.arange(40, 240, 5, dtype=np.uint8)                                      # 40 frames, 32 a second
     iio.imwrite(tmp_path / "x.mp4", np.tile(shades[:, None, None, None], (1, 48, 96, 3)), fps=32, codec="libx264")
     start = read_video(tmp_path / "x.mp4", spec)
     steps = start.float().mean((1, 2, 3)).diff()
     assert start.shape == (5, 32, 64, 3) and ((steps - 10).abs() < 3).all() and start[-1].float().mean() > 220
-    with pytest.raises(ValueError, match="has 5 frames at 4 a second; a start has 25"):
+    with pytest.raises(ValueError, match="x.mp4 is too short: [56] frames at 4 a second, a start has 25"):
         read_video(tmp_path / "x.mp4", replace(spec, fps=4, chunk=7))
     (tmp_path / "no.mp4").write_bytes(b"no video")
-    for name in ("no.mp4", "absent.mp4"):
-        with pytest.raises(ValueError, match=f"{name} is no video"):
+    for name, what in (("no.mp4", "unreadable"), ("absent.mp4", "missing")):
+        with pytest.raises(ValueError, match=f"{name} is {what}"):
             read_video(tmp_path / name, spec)
 
 
@@ -457,7 +458,7 @@ def test_a_file_is_written_while_its_frames_are_made(tmp_path):
     for name in ("walk.mp4", "walk.gif"):
         file = VideoFile(tmp_path / name, 8)
         for shade in (0, 100, 200):
-            file.add(np.full((2, 64, 96, 3), shade, np.uint8))
+            file.add(np.stack([np.full((64, 96, 3), shade + i, np.uint8) for i in (0, 9)]))
         file.close()
         frames = iio.imread(tmp_path / name)
-        assert file.frames == len(frames) == 6 and frames[4].mean() == pytest.approx(200, abs=3)
+        assert file.frames == len(frames) == 6 and frames[4].mean() == pytest.approx(200, abs=4)

@@ -33,7 +33,7 @@ import serve
 import world
 from common import ROOT, command_line, one_line_errors, parse, setup
 from control import KEYS, format_actions, keys_from_label, label_from_keys
-from model import load, preset
+from model import preset
 from weights import ASSETS, default_source
 from video import VideoFile, compose, spread
 
@@ -159,7 +159,7 @@ class Server(serve.Server):
 
     def world_model(self, recipe):
         if recipe.weights not in self.models:
-            self.models[recipe.weights] = load(recipe.backbone, recipe.weights, self.device)
+            self.models[recipe.weights] = rollout.network(recipe, self.device)
         return rollout.WorldModel(self.models[recipe.weights], recipe.steps, recipe.guidance, recipe.ode, recipe.codec)
 
     def run(self, call):

@@ -285,6 +285,12 @@ def begin(cfg, spec):
     return place, place.step([0] * (1 if cfg.start == "frame" else 4)), words
 
 
+def network(cfg, device):
+    """The network that `cfg` names; weights in what it computes with, but for those that are fp32 in official runs."""
+    return load(cfg.backbone, cfg.weights or ASSETS / f"{cfg.backbone}-student.safetensors", device,
+                torch.bfloat16 if device.type == "cuda" else torch.float32)
+
+
 def walk(place, asked):
     """Move the exact world on by labels `asked` [T]: labels of what happened (walls stop some) and the views."""
     happened = world.walk(place.maps, place.state[None], asked[None])[1][0]
@@ -295,9 +301,7 @@ def main(cfg):
     device = setup()
     with one_line_errors():
         labels = parse_actions(cfg.actions)[1:]
-        shipped = ASSETS / f"{cfg.backbone}-student.safetensors"
-        network = load(cfg.backbone, cfg.weights or shipped, device)
-        model = WorldModel(network, cfg.steps, cfg.guidance, cfg.ode, cfg.codec)
+        model = WorldModel(network(cfg, device), cfg.steps, cfg.guidance, cfg.ode, cfg.codec)
         place, first, words = begin(cfg, model.spec)
         frames = model.reset(words, first, cfg.seed)
         Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)

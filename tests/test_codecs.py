@@ -18,7 +18,10 @@ import encode
 import language
 import model
 import official
+import play
+import train_stage1
 import vae
+import weights
 from control import Condition, Control
 from inject import SENTENCES
 from rollout import WorldModel, velocity_of
@@ -319,6 +322,9 @@ def test_wrong_sources_are_named(folders, tmp_path, monkeypatch):
     save_file({"vocoder.x": torch.zeros(1)}, tmp_path / "other" / model.PRESETS["ltx2.3-22b"].file)
     with pytest.raises(ValueError, match="has no 'video_aggregate_embed.weight'"):
         encode.OfficialCodec(official.spec_of("ltx2.3-22b"), "cpu", tmp_path / "other").text([""])
+    monkeypatch.setitem(sys.modules, "ftfy", None)
+    with pytest.raises(OSError, match=r'ftfy is not installed; pip install "biwm\[encode\]"'):
+        language.clean("x")
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(OSError, match=r'diffusers is not installed; pip install "biwm\[encode\]"'):
         encode.OfficialCodec(wan, "cpu", folders("wan2.1-1.3b")).part("vae")
@@ -349,7 +355,8 @@ def worlds(folders):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_dream_starts_with_one_pixel_frame_and_goes_on_without_seams(worlds, name):
     dream, t = worlds(name), model.PRESETS[name].stride[0]
-    assert dream.reset("A street.", seed=1).shape == (1 + t, 32, 64, 3)                # two latent frames
+    assert worlds(name).codec is dream.codec                                            # one for all sessions
+    assert dream.reset("A street.", seed=1).shape == (1 + t, 32, 64, 3) and list(dream.codec.loaded) == ["vae"]
     frames, latents = [], [dream.latents]
     for actions in ([9, 9], [12], [3, 0]):
         here = dream.state()
@@ -408,6 +415,30 @@ def test_guidance_without_words_still_sees_the_picture():
     assert null.control is None and null.start == 7 and {*null.text} == {*text}
     assert null.text["vision"] is text["vision"] and null.text["image"] is text["image"]
     assert null.text["text"].shape == (2, 3, 4) and not null.text["text"].any() and null.text["text_mask"].shape == (2, 3)
+
+
+def test_withheld_words_take_their_masks_along_and_leave_the_picture():
+    B, cfg = 64, train_stage1.Config(drop=0.3, drop_text=0.2)
+    text = {"text": torch.ones(B, 3, 4), "text_mask": torch.ones(B, 3, dtype=torch.bool), "vision": torch.ones(B, 5, 6)}
+    empty = {"text": torch.zeros(1, 3, 4), "text_mask": torch.tensor([[True, False, False]])}
+    told = train_stage1.drop(Condition(text, Control(torch.full((B, 2), 9)), 3), empty, cfg)
+    without = (told.text["text"] == 0).flatten(1).all(1)
+    assert 0.3 * B < without.sum() < 0.7 * B and torch.equal(told.text["text_mask"].sum(1), torch.where(without, 1, 3))
+    assert told.text["vision"].all() and told.start == 3
+
+
+def test_the_page_plays_an_official_backbone(folders, tmp_path):
+    network = official.randomise(model.build("wan2.1-1.3b"))
+    weights.save(network, tmp_path / "student.safetensors")
+    server = play.Server(play.Config(backbone="wan2.1-1.3b", codec=str(folders("wan2.1-1.3b")), port=0, steps=1,
+                                     weights=str(tmp_path / "student.safetensors"), out=str(tmp_path)), torch.device("cpu"))
+    session = play.Session(server)
+    assert not session.greeting["truth"] and len(session.greeting["pictures"]) == 5 and session.greeting["maps"] == []
+    session.understand({"record": True})()
+    reply = session.understand({"step": [["w"], ["w", "right"]]})()
+    assert reply["labels"] == [9] * 4 + [12] * 4 and len(reply["pictures"]) == 8
+    assert "--codec" in session.cut()["command"] and len(iio.imread(session.path)) == 5 + 8
+    server.server_close()
 
 
 # ---- Pictures in, pictures out ---------------------------------------------------------------------------------------

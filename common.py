@@ -6,6 +6,7 @@ Started by torchrun or by plain python, the scripts are the same.
 import contextlib
 import dataclasses
 import hashlib
+import importlib
 import inspect
 import os
 import re
@@ -36,6 +37,14 @@ def one_line_errors():
         yield
     except (ValueError, OSError) as error:
         fail(error)
+
+
+def optional(module, extra):
+    """An optional package, imported where it is used; OSError names the `extra` that installs it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise OSError(f"{error.name} is not installed; pip install \"biwm[{extra}]\", or {error.name} alone") from None
 
 
 class _Parser(ArgumentParser):
@@ -126,6 +135,11 @@ def data_rank():
     return rank() // _sharing
 
 
+def data_ranks():
+    """How many there are of them."""
+    return world_size() // _sharing
+
+
 def barrier():
     if dist.is_initialized():
         dist.barrier()
@@ -146,6 +160,11 @@ def derive(seed, *names):
     """A 63-bit seed for the stream `names` of `seed`; every use of chance has a stream of its own."""
     digest = hashlib.sha256(repr((seed, *names)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
+
+
+def digest(*parts):
+    """Twelve hex digits that stand for `parts`, by their repr."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
 def generator(seed, *names):

@@ -1,16 +1,21 @@
-"""Training clips: windows of latents with their labels and caption, the same for any interruption.
+"""Training clips: windows of latents with their labels, cameras and caption, the same for any interruption.
 
-The embedded world is rendered as it is needed. A pool of long trajectories lives in memory, is replaced every
-`refresh` steps, and batches are random windows of it; pool and batch are functions of (seed, rank, step) alone.
+Every stream has one method, `batch(step, size, frames)`, a function of (seed, rank, step) alone. The embedded world is
+rendered as it is needed: a pool of long trajectories lives in memory, is replaced every `refresh` steps, and batches
+are random windows of it. Recorded and encoded video comes from shards (shards.py).
 """
 
 from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 import world
-from common import data_rank, generator
+from common import data_rank, data_ranks, generator
 from control import ACTIONS, Condition, Control, relative
+from shards import ACTION_SPEC, caption_states, read_index, read_shard
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,9 @@ class RandomStream:
         states = torch.randn(1, self.spec.text_len, self.spec.text_dim, generator=generator(self.seed, "text"))
         return {"text": states.expand(len(prompts), -1, -1).to(self.device)}
 
+    def release(self, *parts):
+        """Nothing is loaded."""
+
     def batch(self, step, size, frames):
         g, spec = generator(self.seed, "random", data_rank(), step), self.spec
         H, W = (n // s for n, s in zip(spec.size[1:], spec.stride[1:]))
@@ -109,3 +117,75 @@ class RandomStream:
         actions = torch.randint(ACTIONS, (size, frames), generator=g).to(self.device)
         ids = [f"random rank {data_rank()} step {step} clip {i}" for i in range(size)]
         return Batch(x0, Condition(self.text([""] * size), Control(actions)), ids)
+
+
+class ShardStream:
+    """Windows of the clips in a folder of shards. Every window of the split is equally likely, whatever the length of
+    its clip; where a latent is several pixel frames the first one of a clip is special, so there windows begin with it.
+
+    The batch of a step is drawn for all ranks together and cut among them: two ranks see what one would that takes
+    twice as many clips. Shards are mapped, not loaded, and their sha256 is compared when they are first needed.
+    """
+
+    def __init__(self, folder, spec, fingerprint, seed, device="cpu", split="train"):
+        """`fingerprint` is that of the run's codec; ValueError if the shards are of another one, or of other labels."""
+        self.folder, self.seed, self.split, self.device, self.opened = Path(folder), seed, split, device, {}
+        self.shards = read_index(folder)
+        for shard, (what, ours) in product(self.shards, {"codec": fingerprint, "actions": ACTION_SPEC}.items()):
+            if shard[what] != ours:
+                raise ValueError(f"{folder}/{shard['file']} was made with {what} [{shard[what]}], this run has "
+                                 f"[{ours}]; encode the videos again, or train what they were encoded for")
+        self.clips = [(s, i, clip) for s, shard in enumerate(self.shards) for i, clip in enumerate(shard["clips"])
+                      if clip["split"] == split]
+        if not self.clips:
+            raise ValueError(f"{folder} has no clips of the split '{split}'")
+        self.lengths, self.crops = torch.tensor([clip["frames"] for *_, clip in self.clips]), spec.stride[0] == 1
+        self.cameras = all(clip["cameras"] for *_, clip in self.clips)      # what not all clips have is told of none
+
+    def open(self, number):
+        """The tensors of a shard; ValueError if the file is not the one that was indexed."""
+        if number not in self.opened:
+            self.opened[number] = read_shard(self.folder, self.shards[number])
+        return self.opened[number]
+
+    def windows(self, frames):
+        """How many windows of `frames` latent frames each clip has."""
+        if frames > self.lengths.max():
+            raise ValueError(f"no clip in {self.folder} has {frames} latent frames, the longest has "
+                             f"{int(self.lengths.max())}; lower --frames or encode longer clips")
+        most = (self.lengths - frames + 1).clamp(min=0)
+        return most if self.crops else most.clamp(max=1)
+
+    def batch(self, step, size, frames):
+        """This rank's `size` clips of `frames` latent frames in the batch that belongs to `step`."""
+        ends = self.windows(frames).cumsum(0)
+        g = generator(self.seed, self.split, "batch", step)
+        draws = torch.randint(int(ends[-1]), (size * data_ranks(),), generator=g)[data_rank() * size:][:size]
+        clips = torch.searchsorted(ends, draws, right=True)
+        starts = draws - torch.where(clips > 0, ends[clips - 1], 0)
+        rows = [self.window(int(clip), int(start), frames) for clip, start in zip(clips, starts)]
+        parts = {key: torch.stack([row[key] for row in rows]).to(self.device) for key in rows[0] if key != "text"}
+        text = {key: pad_sequence([row["text"][key] for row in rows], True).to(self.device) for key in rows[0]["text"]}
+        cameras = (relative(parts["c2w"]), parts["K"]) if self.cameras else ()
+        ids = [f"{self.split} {self.shards[self.clips[clip][0]]['file']} clip {self.clips[clip][1]} frames {a}..{a + frames - 1}"
+               for clip, a in zip(clips.tolist(), starts.tolist())]
+        return Batch(parts["x0"].float(), Condition(text, Control(parts["actions"].long(), *cameras)), ids)
+
+    def window(self, index, start, frames):
+        """The tensors of a window of clip `index`, and its text."""
+        shard, i, clip = self.clips[index]
+        tensors, cut = self.open(shard), slice(start, start + frames)
+        names = ("actions", "c2w", "K") if self.cameras else ("actions",)
+        return {"x0": tensors[f"{i}.x0"][:, cut], **{name: tensors[f"{i}.{name}"][cut] for name in names},
+                "text": caption_states(tensors, self.shards[shard], clip["text"])}
+
+
+def open_stream(folder, coder, spec, seed, frames, pool, length, refresh):
+    """Clips of up to `frames` latent frames: of the shards in `folder` or, if it is "", of the embedded world."""
+    if not folder and spec.stride[0] > 1:
+        raise ValueError(f"{spec.name} does not learn from the embedded world; encode.py makes shards: --data FOLDER")
+    if not folder:
+        return WorldStream(coder, seed, pool, max(length, frames), refresh)
+    stream = ShardStream(folder, spec, coder.fingerprint(), seed, coder.device)
+    stream.windows(frames)                                                              # an error comes now, not later
+    return stream

@@ -25,7 +25,6 @@ from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")    # read as torch loads: its idle threads leave the browser a core
-import imageio.v2 as imageio
 import torch
 from PIL import Image
 
@@ -34,9 +33,9 @@ import serve
 import world
 from common import ROOT, command_line, one_line_errors, parse, setup
 from control import KEYS, format_actions, keys_from_label, label_from_keys
-from model import load, preset
+from model import preset
 from weights import ASSETS, default_source
-from video import H264, compose
+from video import VideoFile, compose, spread
 
 SEATS = 4                           # sessions at once; they take turns on one device
 LONGEST = 2400                      # latent frames of a recording: five minutes of the embedded world
@@ -50,7 +49,7 @@ class Session:
         self.server, self.spec, self.dream, self.video = server, server.spec, None, None
         self.maps = world.CAPTIONS if self.spec.size[1:] == world.FRAME else []         # where truth can walk along
         start = "clip" if self.maps else "dream"
-        self.recipe = rollout.Config(backbone=self.spec.name, start=start, seed=server.cfg.seed)
+        self.recipe = rollout.Config(backbone=self.spec.name, codec=server.cfg.codec, start=start, seed=server.cfg.seed)
         self.switch("student", server.cfg.steps)
         self.greeting = self.hello() | self.reset()
 
@@ -96,8 +95,8 @@ class Session:
         if start.get("image"):
             start["image"] = io.BytesIO(base64.b64decode(start["image"]))
         recipe = replace(self.recipe, **start)
-        place, first = rollout.begin(recipe, self.spec)
-        frames = self.dream.reset(recipe.prompt or world.CAPTIONS[recipe.map], first, recipe.seed)
+        place, first, words = rollout.begin(recipe, self.spec)
+        frames = self.dream.reset(words, first, recipe.seed)
         reply = self.cut()
         self.recipe, self.place = recipe, place
         if record:
@@ -116,10 +115,9 @@ class Session:
 
     def show(self, frames, exact, labels):
         """Frames [F, H, W, 3] as JPEGs, the exact view left of the dreamt one, and the label that each one obeys."""
-        labels, pictures, reply = [labels[i * len(labels) // len(frames)] for i in range(len(frames))], [], {}
+        labels, pictures, reply = spread(labels, len(frames), self.spec.stride[0]), [], {}
         if self.video:
-            for picture in compose(frames, labels, self.recipe.steps, exact):
-                self.video.append_data(picture)
+            self.video.add(compose(frames, labels, self.recipe.steps, exact))
             reply = self.cut() if len(self.asked) >= LONGEST else {}
         for picture in (frames if exact is None else torch.cat([exact, frames], 2)).numpy():
             Image.fromarray(picture).save(file := io.BytesIO(), "JPEG", quality=95, subsampling=0)
@@ -135,7 +133,7 @@ class Session:
         if self.take.image:
             self.take = replace(self.take, image=str(self.path.with_suffix(".png")))
             Image.fromarray(first[0].numpy()).save(self.take.image)
-        self.video = imageio.get_writer(self.path, fps=self.spec.fps, **H264)
+        self.video = VideoFile(self.path, self.spec.fps)
 
     def cut(self):
         """End the recording, if any. Beside it: the command that makes the same video again on this machine."""
@@ -161,8 +159,8 @@ class Server(serve.Server):
 
     def world_model(self, recipe):
         if recipe.weights not in self.models:
-            self.models[recipe.weights] = load(recipe.backbone, recipe.weights, self.device)
-        return rollout.WorldModel(self.models[recipe.weights], recipe.steps, recipe.guidance, recipe.ode)
+            self.models[recipe.weights] = rollout.network(recipe, self.device)
+        return rollout.WorldModel(self.models[recipe.weights], recipe.steps, recipe.guidance, recipe.ode, recipe.codec)
 
     def run(self, call):
         return self.thread.submit(call).result()
@@ -222,6 +220,7 @@ def bench(server, seconds):
 class Config:
     """Drive a world model with the keyboard, in a browser."""
     backbone: str = "tiny"          # a preset of model.py
+    codec: str = ""                 # of an official backbone: folder or hub repository; empty: the official one
     weights: str = ""               # safetensors of its student; empty: the shipped one
     teacher: str = ""               # of its teacher, for the switch on the page; empty: the shipped or official one
     steps: int = 4                  # denoising steps a chunk to begin with

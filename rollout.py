@@ -5,12 +5,15 @@ attention over both (BiWM, arXiv:2606.10135); then it becomes history. Nothing i
 features depend on the noisy chunk.
 
     python rollout.py --actions "w-8, right-12, w+left-8" --out walk.mp4
+    python rollout.py --backbone wan2.1-1.3b --weights student.safetensors --image street.jpg --prompt "A street."
 """
 
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import world
 from common import autocast, generator, one_line_errors, parse, setup
@@ -21,7 +24,7 @@ from history import History, behind_cache, budget, configure
 from model import load
 from graphs import replayed
 from weights import ASSETS
-from video import compose, read_picture, write_video
+from video import VideoFile, compose, read_picture, read_video, spread
 
 
 def velocity_of(model):
@@ -29,10 +32,13 @@ def velocity_of(model):
     device = next(model.parameters()).device
 
     def velocity(x, sigma, condition):
+        frames = None
+        if not condition.begins and model.spec.stride[0] > 1:        # only a video's first latent frame is one pixel frame
+            frames = torch.arange(1, x.shape[2] + 1, device=device)
         with autocast(device):
             if condition.past is not None and condition.past.reusable(model.compress.settings):
                 return behind_cache(model, x, sigma, condition, velocity)
-            return model(x, sigma, condition.text, condition.control, condition.past)
+            return model(x, sigma, condition.text, condition.control, condition.past, frames)
     return velocity
 
 
@@ -112,57 +118,7 @@ def rollout(velocity, condition, prefix, frames, sigmas, chunk, window, noise, s
     return torch.cat([prefix, made], 2)
 
 
-# ---- Training --------------------------------------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class Plan:
-    """A training rollout: `start` real frames, then whole chunks up to `frames`; the loss sees frames `first` on."""
-    start: int
-    frames: int
-    first: int
-
-    @property
-    def made(self):
-        """Generated frames in the loss window."""
-        return self.frames - max(self.start, self.first)
-
-    def mask(self, B, device, begin=None):
-        """[B, T] of frames `begin` (default: `first`) on: which of them are generated and in the loss window."""
-        frames = torch.arange(self.first if begin is None else begin, self.frames, device=device)
-        return (frames >= max(self.start, self.first)).expand(B, -1)
-
-
-def draw_plan(shared, spec, frames, t2v, i2v, past=0, most=None, short=0.0):
-    """Start, length and loss window of a rollout. Ranks that draw from equal `shared` draw the same.
-
-    It starts from nothing (t2v), from one real frame (i2v) or from real chunks: one, or up to `past` frames of them, a
-    stored past. Chunks follow as `frames` has room for, a start of at most one chunk included; at most `most`, and a
-    share `short` of rollouts has fewer. When they outgrow the teacher's window, the loss is on a random window of them
-    that ends with a chunk, and the rollout ends there: what comes later cannot change it.
-    """
-    u, K = shared.random(), spec.chunk
-    start = n = 0 if u < t2v else 1 if u < t2v + i2v else K
-    if n == K and past > K:
-        start = K * shared.randint(1, past // K)
-    M = min((frames - n) // K, most or frames)
-    if short and shared.random() < short:
-        M = shared.randint(1, M)
-    fit = (spec.window - n) // K                                                        # chunks that one window holds
-    end = start + K * (shared.randint(fit, M) if M > fit else M)
-    return Plan(start, end, max(0, end - spec.window))
-
-
-def self_rollout(velocity, condition, prefix, plan, spec, sigmas, noise, grad_step, complete=True, model=None):
-    """The rollout that stage 2 trains on (Self Forcing): (samples, finished), both [B, C, plan.frames, H, W].
-
-    Within the loss window `samples` holds the x0 of step `grad_step` with its graph; before it, as in all of
-    `finished`, what inference would make.
-    """
-    in_window = {"grad_step": grad_step, "complete": complete}
-    history = History(prefix, spec.window - spec.chunk, model)
-    made = chunks(velocity, condition, history, plan.frames, sigmas, spec.chunk, noise, few_step,
-                  lambda n: in_window if n > plan.first else {})
-    return tuple(torch.cat([prefix, each], 2) for each in made)
+LARGE = 1024                                            # width from which a network keeps a GPU busy by itself
 
 
 # ---- A world to play in ----------------------------------------------------------------------------------------------
@@ -174,20 +130,24 @@ class WorldModel:
     chunk may be shorter than K frames.
     """
 
-    def __init__(self, model, steps=4, guidance=1.0, use_ode=False):
+    def __init__(self, model, steps=4, guidance=1.0, use_ode=False, source=""):
         self.spec, self.device, self.model = model.spec, next(model.parameters()).device, model
-        self.codec = codec(model.spec.name, self.device)
+        self.codec = codec(model.spec.name, self.device, source)
         self.sees = model.control is not None and "c2w" in model.control.reads
-        velocity = replayed(velocity_of(model), self.device)
-        self.velocity = guided(velocity, guidance, self.codec.text([model.spec.negative]))
+        velocity = velocity_of(model)
+        if model.spec.dim < LARGE:
+            velocity = replayed(velocity, self.device)
+        self.velocity = guided(velocity, guidance, {} if guidance == 1 else self.codec.text([model.spec.negative]))
         self.sigmas, self.sampler = schedule(steps, model.spec.shift), ode if use_ode else few_step
 
     def reset(self, prompt=None, first=None, seed=0, actions=None):
-        """Begin at the frames `first` (uint8 [F, H, W, 3]; labels `actions` [F], default still), or dream a start.
+        """Begin at the frames `first` (uint8 [F, H, W, 3]; labels `actions` of its latent frames, default still), or
+        dream a start.
 
         Returns the start as uint8 [F, H, W, 3]. A start that is refused leaves the present dream as it is.
         """
         text = self.codec.text([prompt or ""])
+        self.codec.release("language")
         H, W = (n // s for n, s in zip(self.spec.size[1:], self.spec.stride[1:]))
         latents = torch.zeros(1, self.spec.channels, 0, H, W, device=self.device)
         if first is not None:
@@ -200,32 +160,35 @@ class WorldModel:
             raise ValueError(f"{count} start frames need {count} labels, got {len(labels)}")
         self.random, self.text, self.actions = generator(seed, "play"), text, labels[None]
         self.history = History(latents, self.spec.window - self.spec.chunk, self.model, store="cpu")
-        return self.step([0] * self.spec.chunk) if first is None else self.codec.decode(latents)[0]
+        self.stream = {}                            # the codec's state
+        return self.step([0] * self.spec.chunk) if first is None else self.codec.decode(latents, self.stream)[0]
 
     @torch.no_grad()
     def step(self, actions):
-        """Live through `actions` [T] (labels 0..80), one frame each; returns uint8 [T, H, W, 3]."""
+        """Live through `actions` [T] (labels 0..80), one latent frame each; returns their uint8 [F, H, W, 3]."""
         actions = check_actions(actions).reshape(1, -1)
         if not actions.shape[1]:
             raise ValueError("step needs at least one action")
         self.actions = torch.cat([self.actions, actions], 1)
         frames = self.history.n + actions.shape[1]
         cameras = self.codec.cameras(self.actions) if self.sees or self.history.by_view else ()     # past all walls
-        condition = Condition(self.text, Control(self.actions.to(self.device), *cameras))
+        offset = frames - self.actions.shape[1]                 # frames whose labels are forgotten
+        condition = Condition(self.text, Control(self.actions.to(self.device), *cameras), begins=offset == 0)
         _, made = chunks(self.velocity, condition, self.history, frames, self.sigmas, self.spec.chunk, self.noise,
-                         self.sampler, lambda n: {}, frames - self.actions.shape[1])
+                         self.sampler, lambda n: {}, offset)
         if not self.history.by_view:                            # nothing older is ever looked at again
             self.actions = self.actions[:, self.actions.shape[1] - (frames - self.history.begin()):]
-        return self.codec.decode(made)[0]
+        return self.codec.decode(made, self.stream)[0]
 
     def state(self):
         """All that the future depends on. Steps replace these tensors and never write into them: no copy is needed."""
         return {"history": self.history.copy(), "actions": self.actions, "text": self.text,
-                "random": self.random.get_state()}
+                "stream": dict(self.stream), "random": self.random.get_state()}
 
     def restore(self, state):
         """Go on from a `state()` of this world model, or of another of the same backbone: its teacher, more steps."""
         self.history, self.actions, self.text = state["history"].copy(self.model), state["actions"], state["text"]
+        self.stream = dict(state["stream"])
         self.random = torch.Generator()
         self.random.set_state(state["random"])
 
@@ -242,10 +205,12 @@ class Config:
     out: str = "walk.mp4"                       # .mp4 or .gif
     backbone: str = "tiny"                      # a preset of model.py
     weights: str = ""                           # safetensors of a student or teacher; empty: the shipped student
-    prompt: str = ""                            # caption; empty: that of --map
+    codec: str = ""                             # of an official backbone: folder or hub repository; empty: the official
+    prompt: str = ""                            # caption; empty: that of --map in the embedded world
     map: int = 0                                # start in this map of the embedded world (0..3)
-    start: str = "clip"                         # clip: four exact views (v2v); frame: one (i2v); dream: none (t2v)
-    image: str = ""                             # start from this picture instead (i2v): PNG or JPEG of the model's size
+    start: str = ""                             # clip: four exact views; frame: one; dream: none; empty: clip or dream
+    image: str = ""                             # start from this PNG or JPEG instead (i2v)
+    video: str = ""                             # start from the end of this video instead (v2v)
     truth: bool = False                         # show the exact world, given the same keys, beside the dream
     steps: int = 4                              # denoising steps a chunk
     guidance: float = 1.0                       # of the teacher; a student needs none
@@ -258,10 +223,10 @@ class Config:
     horizon: float = 0.0                        # go on for so many seconds, the actions repeated; 0: once
 
     def __post_init__(self):
-        if self.start not in ("frame", "clip", "dream"):
-            raise ValueError(f"--start is frame, clip or dream, got '{self.start}'")
-        if self.truth and (self.start == "dream" or self.image):
-            raise ValueError("--truth needs a start in the exact world: --start frame or clip, and no --image")
+        if self.start not in ("", "frame", "clip", "dream") or (self.image and self.video):
+            raise ValueError("--start is frame, clip or dream; --image or --video, not both, stand for it")
+        if self.truth and (self.start == "dream" or self.image or self.video):
+            raise ValueError("--truth needs a start in the exact world: --start frame or clip, no --image, no --video")
         if Path(self.out).suffix not in (".mp4", ".gif"):
             raise ValueError(f"--out ends in .mp4 or .gif, got '{self.out}'")
         if self.steps < 1 or self.horizon < 0:
@@ -271,14 +236,24 @@ class Config:
 
 
 def begin(cfg, spec):
-    """The start that `cfg` asks for: the exact world or None, and first frames [F, H, W, 3] or None (words alone)."""
-    if cfg.image:
-        return None, read_picture(cfg.image, spec)
-    if cfg.start == "dream":
-        return None, None
+    """The start that `cfg` asks for: the exact world or None, first frames [F, H, W, 3] or None, and the words."""
+    embedded = spec.size[1:] == world.FRAME
+    if not embedded and (cfg.start in ("clip", "frame") or cfg.truth):
+        raise ValueError(f"{spec.name} knows no exact world: it starts from --image, --video or --prompt alone")
+    words = cfg.prompt or (world.CAPTIONS[cfg.map] if embedded else "")
+    if cfg.image or cfg.video:
+        return None, read_picture(cfg.image, spec) if cfg.image else read_video(cfg.video, spec), words
+    if cfg.start == "dream" or not embedded:
+        return None, None, words
     place = world.World(cfg.map)
     place.reset(seed=cfg.seed)
-    return place, place.step([0] * (4 if cfg.start == "clip" else 1))
+    return place, place.step([0] * (1 if cfg.start == "frame" else 4)), words
+
+
+def network(cfg, device):
+    """The network that `cfg` names; weights in what it computes with, but for those that are fp32 in official runs."""
+    return load(cfg.backbone, cfg.weights or ASSETS / f"{cfg.backbone}-student.safetensors", device,
+                torch.bfloat16 if device.type == "cuda" else torch.float32)
 
 
 def walk(place, asked):
@@ -290,24 +265,24 @@ def walk(place, asked):
 def main(cfg):
     device = setup()
     with one_line_errors():
-        labels = parse_actions(cfg.actions)
-        shipped = ASSETS / f"{cfg.backbone}-student.safetensors"
-        network = configure(load(cfg.backbone, cfg.weights or shipped, device), cfg)
-        if T := round(cfg.horizon * network.spec.fps / network.spec.stride[0]):
-            labels = torch.cat([labels[:1], labels[1:].repeat(T)[:T]])
-        model = WorldModel(network, cfg.steps, cfg.guidance, cfg.ode)
-        place, first = begin(cfg, model.spec)
-        if T or network.compress is not None:
-            print(budget(network, model.spec.chunk if first is None else len(first), len(labels)), flush=True)
-        frames = [model.reset(cfg.prompt or world.CAPTIONS[cfg.map], first, cfg.seed)]
+        labels, net = parse_actions(cfg.actions)[1:], configure(network(cfg, device), cfg)
+        if T := round(cfg.horizon * net.spec.fps / net.spec.stride[0]):
+            labels = labels.repeat(T)[:T]
+        model = WorldModel(net, cfg.steps, cfg.guidance, cfg.ode, cfg.codec)
+        place, first, words = begin(cfg, net.spec)
+        if T or net.compress is not None:
+            start = net.spec.chunk if first is None else net.spec.latent_frames(len(first))
+            print(budget(net, start, 1 + len(labels)), flush=True)
+        frames = model.reset(words, first, cfg.seed)
         Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
         open(cfg.out, "ab").close()                     # fails now rather than after the work
-    happened, exact = walk(place, labels[1:]) if cfg.truth else (labels[1:], None)
-    frames = torch.cat(frames + [model.step(asked) for asked in happened.split(model.spec.chunk)])      # [T, H, W, 3]
-    exact = torch.cat([first, exact]) if cfg.truth else None
-    keys = [0] * (len(frames) - len(happened)) + happened.tolist()
-    write_video(cfg.out, compose(frames, keys, cfg.steps, exact), model.spec.fps)
-    print(f"{cfg.out}: {len(keys)} frames, {len(keys) / model.spec.fps:.1f} s")
+    with closing(VideoFile(cfg.out, net.spec.fps)) as video:
+        video.add(compose(frames, [0] * len(frames), cfg.steps, first if cfg.truth else None))
+        for asked in tqdm(labels.split(net.spec.chunk), "rollout", disable=None):       # written as it is made
+            happened, exact = walk(place, asked) if cfg.truth else (asked, None)
+            frames = model.step(happened)
+            video.add(compose(frames, spread(happened, len(frames), net.spec.stride[0]), cfg.steps, exact))
+    print(f"{cfg.out}: {video.frames} frames, {video.frames / net.spec.fps:.1f} s")
 
 
 if __name__ == "__main__":

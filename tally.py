@@ -16,7 +16,7 @@ from control import Condition, Control
 from dmd import Clip, Networks, Recipe, critic_gradients, student_gradients
 from flow import schedule
 from model import Spec, flops, preset
-from rollout import draw_plan, self_rollout
+from selfforcing import draw_plan, self_rollout
 
 PEAK = 989.0                                            # bf16 TFLOP/s of an H100 by its data sheet
 

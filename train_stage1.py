@@ -24,7 +24,7 @@ from faults import Finite, together
 from parallel import Layout, checkpoint_blocks, compile_blocks
 from plan import dry_run
 from control import NO_ACTION, Condition, Control, attach
-from data import RandomStream, WorldStream
+from data import RandomStream, open_stream
 from encode import codec
 from flow import add_noise, draw_sigma, flow_loss
 from history import behind, clean_frames, configure, draw_past
@@ -37,11 +37,13 @@ from rollout import velocity_of
 class Config:
     """Stage 1 of BiWM: control fine-tuning. Running the same command again resumes."""
     backbone: str = "tiny"          # a preset of model.py
+    codec: str = ""                 # of an official backbone: folder or hub repository, by default the official one
     control: str = "adaln"          # how control enters: adaln, text, plucker, prope, or several joined by +
     init: str = ""                  # weights to start from; empty: random; random: data too, for speed and memory only
     init_partial: bool = False      # take of them what fits: other control, missing or surplus tensors
     train: str = "all"              # all weights, or control: only those of --control, on a frozen --init
     save_trained: bool = False      # with --train control: save those alone; --init is needed to load them
+    data: str = ""                  # folder of shards (encode.py, doom.py); empty: the embedded world, rendered live
     out: str = "runs/stage1"        # run folder
     steps: int = 2000               # optimizer steps
     seed: int = 0                   # of everything random
@@ -127,8 +129,10 @@ def drop(condition, empty, cfg):
     no_text = u < cfg.drop + cfg.drop_text
     no_actions = (u < cfg.drop) | ~no_text & (u < cfg.drop + cfg.drop_text + cfg.drop_actions)
     actions[no_actions] = NO_ACTION
-    text = {key: torch.where(no_text[:, None, None], empty[key], value) for key, value in condition.text.items()}
-    return Condition(text, replace(condition.control, actions=actions))
+    row = lambda x: no_text.view(-1, *[1] * (x.ndim - 1))           # masks have two axes, states three
+    text = {key: torch.where(row(value), empty[key], value) if key in empty else value          # a picture stays
+            for key, value in condition.text.items()}
+    return replace(condition, text=text, control=replace(condition.control, actions=actions))
 
 
 def stage1_loss(velocity, x0, condition, cfg, spec, clean=0):
@@ -215,12 +219,12 @@ def save_teacher(model, ema, cfg, run, step):
 def prepare(cfg):
     """The networks, the data and the run folder; bad input ends here with one line."""
     device = setup()
-    layout = Layout(device, cfg.shard, cfg.replicas, cfg.sequence)
+    layout, spec = Layout(device, cfg.shard, cfg.replicas, cfg.sequence), PRESETS[cfg.backbone]
     if cfg.init == "random":
-        coder = stream = RandomStream(PRESETS[cfg.backbone], cfg.seed, device)
+        coder = stream = RandomStream(spec, cfg.seed, device)
     else:
-        coder = codec(cfg.backbone, device)
-        stream = WorldStream(coder, cfg.seed, cfg.pool, max(48, cfg.frames + cfg.past + 1),
+        coder = codec(cfg.backbone, device, cfg.codec)
+        stream = open_stream(cfg.data, coder, spec, cfg.seed, cfg.frames + cfg.past + bool(cfg.past), cfg.pool, 48,
                              cfg.refresh * cfg.accumulate)
     model = initial_model(cfg, coder, layout, device)
     return device, model, coder, stream, Run(cfg.out, cfg, 1, "" if cfg.init == "random" else cfg.init)
@@ -235,6 +239,7 @@ def main(cfg):
         state = {"model": model, "finite": finite}, {"model": optimizer}, {"model": ema}
         start = load_checkpoint(cfg.out, cfg.steps, *state)
     spec, empty = model.spec, coder.text([""])
+    coder.release()
     velocity = fast_velocity(model, cfg) if cfg.compile else velocity_of(model)
 
     for step in run.progress(start, cfg.steps, "stage 1"):

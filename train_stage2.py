@@ -25,7 +25,7 @@ from common import (EMA, data_rank, derive, descend, fail, mean_over_ranks, one_
 from faults import Finite, together
 from parallel import Layout, checkpoint_blocks, compile_blocks
 from plan import dry_run
-from data import RandomStream, WorldStream
+from data import RandomStream, open_stream
 from dmd import Clip, Discriminator, Head, Networks, Recipe, critic_gradients, student_gradients
 from encode import codec
 from evaluate import load_probe, samplers_of
@@ -35,14 +35,17 @@ from health import Health, averaged, compare, critic_by_sigma, curves, figures, 
 from lora import Adapters
 from model import PRESETS, build_on, load
 from weights import default_source, save
-from rollout import draw_plan, self_rollout, velocity_of
+from rollout import velocity_of
+from selfforcing import draw_plan, self_rollout
 
 
 @dataclass(frozen=True)
 class Config:
     """Stage 2 of BiWM: distribution matching distillation with self-rollout. Running the same command again resumes."""
     backbone: str = "tiny"          # a preset of model.py
+    codec: str = ""                 # of an official backbone: folder or hub repository, by default the official one
     teacher: str = ""               # stage-1 weights; empty: the shipped teacher; random: for speed and memory only
+    data: str = ""                  # folder of shards (encode.py, doom.py); empty: the embedded world, rendered live
     out: str = "runs/stage2"        # run folder
     steps: int = 60                 # student updates
     seed: int = 0                   # of everything random
@@ -111,6 +114,7 @@ class Config:
              f"--sigma_low {self.sigma_low} must be below --sigma_high {self.sigma_high}, both in 0..1"),
             (self.teacher_fkl and self.denoise < 2, "--teacher_fkl takes one step for itself: --denoise 2 or more"),
             (self.validate and not self.preview, "--validate needs sequences: --preview above 0"),
+            (self.preview and self.data, "--preview compares with the embedded world: with --data say --preview 0"),
             (self.preview and self.teacher == "random", "--teacher random dreams nothing to look at: --preview 0")]
         for bad, message in wrong:
             if bad:
@@ -158,12 +162,13 @@ def networks(cfg, layout, device):
 
 def data(cfg, spec, device):
     """The codec and the stream of clips."""
-    if cfg.teacher == "random":
+    if cfg.teacher == "random" and not cfg.data:
         return (RandomStream(spec, cfg.seed, device),) * 2
     if cfg.preview:
         load_probe(device)
-    coder = codec(cfg.backbone, device)
-    return coder, WorldStream(coder, cfg.seed, cfg.pool, max(24, cfg.frames + cfg.past), cfg.refresh * cfg.accumulate)
+    coder = codec(cfg.backbone, device, cfg.codec)
+    return coder, open_stream(cfg.data, coder, spec, cfg.seed, cfg.frames + cfg.past, cfg.pool, 24,
+                              cfg.refresh * cfg.accumulate)
 
 
 def adamw(module, lr, device):
@@ -191,6 +196,7 @@ def main(cfg):
     if start == 0 and rank() == 0:
         shutil.rmtree(best, ignore_errors=True)                                 # of a run that is no more
     sigmas, empty, share = schedule(cfg.denoise, spec.shift), coder.text([spec.negative]), 1 / cfg.accumulate
+    coder.release()
     recipe = Recipe(cfg.guidance or spec.guidance, spec.shift, cfg.sigma_low, cfg.sigma_high, cfg.denoise, cfg.gan,
                     cfg.teacher_fkl, cfg.real_fkl, cfg.sft, cfg.quant_loss * (cfg.quant != "none"), cfg.quant_softmax)
     shown, _, sampler = samplers_of(models[0], [models[1]], recipe.guidance, few=cfg.denoise)

@@ -66,6 +66,21 @@ def fingerprint(source, spec):
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
+def component(source, *parts):
+    """The folder with `parts` ("vae", "tokenizer", ...) of a model in diffusers' layout: a local one, or that of a hub
+    repository, of which only they are fetched."""
+    path = Path(source)
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        try:
+            path = Path(snapshot_download(str(source), allow_patterns=[f"{part}/*" for part in parts]))
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            raise OSError(f"{source} is no local folder and could not be fetched from the hub: {error}") from None
+    if absent := [part for part in parts if not (path / part).is_dir()]:
+        raise OSError(f"{source} has no folder {' and no '.join(absent)}; codecs are read from a folder in diffusers' "
+                      "layout or a hub repository, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+    return path
+
+
 def headers(files, spec, official):
     """{our name: (file, key in it, shape)} from the headers alone; `official` gives our name of a key, None if unused.
 

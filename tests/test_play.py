@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import dataclasses
 import gc
 import io
 import json
@@ -466,8 +467,12 @@ def test_a_recording_can_be_made_again_by_its_command(tiny, tmp_path, monkeypatc
 
 
 def test_a_latent_frame_may_be_several_frames(toy, monkeypatch):
-    client = dreaming(toy)
-    monkeypatch.setattr(Toy, "step", lambda self, actions, step=Toy.step: step(self, actions).repeat_interleave(3, 0))
+    monkeypatch.setattr(toy, "spec", dataclasses.replace(toy.spec, stride=(3, 8, 8)))
+    client = Client(toy)
+    monkeypatch.setattr(Toy, "step", lambda self, actions, step=Toy.step: (
+        step(self, actions).repeat_interleave(3, 0)[2 if self.count == 4 else 0:]))     # but a video's first is one
+    reply = client.ask(reset=RESET | {"start": "dream"})
+    assert len(reply["pictures"]) == len(reply["labels"]) == 10
     reply = client.ask(step=[["w"], ["up"], [], ["w", "right"]])
     assert reply["labels"] == [9] * 3 + [1] * 3 + [0] * 3 + [12] * 3 == pixels(reply)[:, 0, 0, 0].tolist()
     assert reply["keys"][3] == ["up"] and len(reply["pictures"]) == 12

@@ -13,7 +13,8 @@ from control import Condition, Control
 from encode import codec
 from flow import schedule
 from model import build
-from rollout import Plan, WorldModel, draw_plan, few_step, guided, ode, rollout, self_rollout, velocity_of, walk
+from rollout import WorldModel, few_step, guided, ode, rollout, velocity_of, walk
+from selfforcing import Plan, draw_plan, self_rollout
 from video import read_picture
 
 SIGMAS = schedule(4, 3.0)

@@ -3,7 +3,7 @@
 Flow matching on clips whose first n frames stay clean at sigma 0 (n = 0 text-, 1 image-, more video-to-video), with the
 action or camera of every frame, and caption and control dropped now and then so that the teacher can be guided.
 
-    torchrun train_stage1.py --steps 20                                              # anywhere; --dry-run: what it takes
+    torchrun train_stage1.py --steps 20                                              # anywhere; --dry-run: a plan
     torchrun train_stage1.py --steps 20000 --batch 256 --compile --cuda_graphs       # a good teacher, one GPU
     torchrun train_stage1.py --control prope --init runs/stage1/teacher.safetensors --init_partial --train control
 """

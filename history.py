@@ -249,12 +249,12 @@ def behind(model, latents, first, control=None):
 
 # ---- Settings on a command line --------------------------------------------------------------------------------------
 
-def configure(model, cfg):
-    """Give `model` the compressor that `cfg` asks for (history, attention, recent, choose); what is not given is as in
-    its weights."""
-    given = {name: value for name in ("attention", "recent", "choose") if (value := getattr(cfg, name))}
-    if cfg.history:
-        return attach(model, Settings.of(model.spec, cfg.history, **given))
+def configure(model, history="", attention="", recent=0, choose=""):
+    """Give `model` the compressor that is asked for; what is not is as in its weights."""
+    given = {"attention": attention, "recent": recent, "choose": choose}
+    given = {name: value for name, value in given.items() if value}
+    if history:
+        return attach(model, Settings.of(model.spec, history, **given))
     if given and model.compress is None:
         raise ValueError(f"--{' --'.join(given)}: these weights have no history; give --history too")
     return attach(model, replace(model.compress.settings, **given)) if given else model

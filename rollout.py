@@ -290,7 +290,8 @@ def main(cfg):
     with one_line_errors():
         labels = parse_actions(cfg.actions)
         shipped = ASSETS / f"{cfg.backbone}-student.safetensors"
-        network = configure(load(cfg.backbone, cfg.weights or shipped, device), cfg)
+        network = load(cfg.backbone, cfg.weights or shipped, device)
+        configure(network, cfg.history, cfg.attention, cfg.recent, cfg.choose)
         if T := round(cfg.horizon * network.spec.fps / network.spec.stride[0]):
             labels = torch.cat([labels[:1], labels[1:].repeat(T)[:T]])
         model = WorldModel(network, cfg.steps, cfg.guidance, cfg.ode)

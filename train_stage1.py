@@ -177,7 +177,7 @@ def initial_model(cfg, coder, device):
     else:
         model = build(cfg.backbone, None).to(device)
     attach(model, cfg.control, coder.sentences() if "text" in cfg.control else None)
-    configure(model, cfg)
+    configure(model, cfg.history, cfg.attention, cfg.recent, cfg.choose)
     for name, p in model.named_parameters():
         p.requires_grad_(cfg.train == "all" or name.startswith(("control.", "compress.")))
     return model

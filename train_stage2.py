@@ -113,8 +113,9 @@ def networks(cfg, device):
     """
     def network(dtype):
         reseed(cfg.seed, "initialisation")
-        return configure(build_on(device, dtype, cfg.backbone) if cfg.teacher == "random" else
-                         load(cfg.backbone, cfg.teacher, device, dtype), cfg)
+        model = build_on(device, dtype, cfg.backbone) if cfg.teacher == "random" else \
+            load(cfg.backbone, cfg.teacher, device, dtype)
+        return configure(model, cfg.history, cfg.attention, cfg.recent, cfg.choose)
 
     teacher = network(torch.bfloat16 if device.type == "cuda" else torch.float32).requires_grad_(False).eval()
     if teacher.control is None:

@@ -2,7 +2,6 @@
 
 import random
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -412,9 +411,9 @@ def test_flags_that_contradict_each_other_are_named(capsys):
             common.parse(script.Config, flags)
         assert words in capsys.readouterr().err
     with pytest.raises(ValueError, match="--attention: these weights have no history"):
-        configure(network(), SimpleNamespace(history="", attention="self", recent=0, choose=""))
+        configure(network(), "", "self")
     for kind, recent, choose, words in (("none", 2, "", "leave out --recent"), ("framepack", 0, "fov", "leave out --choose")):
         with pytest.raises(ValueError, match=words):
-            configure(network(), SimpleNamespace(history=kind, attention="", recent=recent, choose=choose))
+            configure(network(), kind, "", recent, choose)
     with pytest.raises(ValueError, match="choose none, window"):
-        configure(network(), SimpleNamespace(history="all", attention="", recent=0, choose=""))
+        configure(network(), "all")

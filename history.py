@@ -151,10 +151,6 @@ class History:
             start = sink + K * len(self.blocks) - self.at
             block = self.latents[:, :, start:start + K]
             self.blocks.append(block.to(self.store, torch.half, copy=True))             # latents are of order 1
-            if self.settings.choose == "affinity":
-                with autocast(block.device):
-                    seen = self.model.compress.embed(self.model, self.settings.mid, block, False)   # [B, N, D]
-                    self.keys.append(content(self.model, seen)[1])
 
     @torch.no_grad()
     def view(self, frames, control=None, offset=0):
@@ -179,16 +175,24 @@ class History:
             return self.blocks[(segment.start - self.settings.sink) // self.settings.chunk].to(self.latents)
         return self.latents[:, :, segment.start - self.at:segment.end - self.at]
 
+    def affinity(self):
+        """[m] what the latest frames have in common with each block, whose key is made when it is first asked for."""
+        s, fresh = self.settings, self.blocks[len(self.keys):]
+        with autocast(self.latents.device):
+            if fresh:
+                x = torch.stack(fresh, 1).to(self.latents)                              # [B, new, C, K, H, W]
+                keys = content(self.model, self.model.compress.embed(self.model, s.mid, x.flatten(0, 1), False))[1]
+                self.keys += keys.unflatten(0, x.shape[:2]).unbind(1)                   # [B, D] each
+            query, _ = content(self.model, self.model.embed(self.latents[:, :, -s.chunk:], 1).flatten(1, 2))
+        return (torch.stack(self.keys, 1) * query[:, None]).mean((0, 2))
+
     def choose(self, frames, control, offset):
         """Numbers of the PackForcing blocks that are shown to the next chunk."""
         s, m = self.settings, len(self.blocks)
         if m <= s.top or s.choose == "recency":
             return set(range(max(0, m - s.top), m))
         if s.choose == "affinity":
-            with autocast(self.latents.device):
-                recent = self.model.embed(self.latents[:, :, -s.chunk:], 1).flatten(1, 2)
-                query = content(self.model, recent)[0]                                  # [B, D]
-            scores = (torch.stack(self.keys, 1) * query[:, None]).mean((0, 2))          # [m]
+            scores = self.affinity()
         else:
             if control is None or control.c2w is None or offset:
                 raise ValueError("to choose blocks by fov, the cameras of all frames have to be told")
@@ -247,12 +251,12 @@ def behind(model, latents, first, control=None):
 
 # ---- Settings on a command line --------------------------------------------------------------------------------------
 
-def configure(model, cfg):
-    """Give `model` the compressor that `cfg` asks for (history, attention, recent, choose); what is not given is as in
-    its weights."""
-    given = {name: value for name in ("attention", "recent", "choose") if (value := getattr(cfg, name))}
-    if cfg.history:
-        return attach(model, Settings.of(model.spec, cfg.history, **given))
+def configure(model, history="", attention="", recent=0, choose=""):
+    """Give `model` the compressor that is asked for; what is not is as in its weights."""
+    given = {"attention": attention, "recent": recent, "choose": choose}
+    given = {name: value for name, value in given.items() if value}
+    if history:
+        return attach(model, Settings.of(model.spec, history, **given))
     if given and model.compress is None:
         raise ValueError(f"--{' --'.join(given)}: these weights have no history; give --history too")
     return attach(model, replace(model.compress.settings, **given)) if given else model

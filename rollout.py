@@ -265,7 +265,8 @@ def walk(place, asked):
 def main(cfg):
     device = setup()
     with one_line_errors():
-        labels, net = parse_actions(cfg.actions)[1:], configure(network(cfg, device), cfg)
+        labels = parse_actions(cfg.actions)[1:]
+        net = configure(network(cfg, device), cfg.history, cfg.attention, cfg.recent, cfg.choose)
         if T := round(cfg.horizon * net.spec.fps / net.spec.stride[0]):
             labels = labels.repeat(T)[:T]
         model = WorldModel(net, cfg.steps, cfg.guidance, cfg.ode, cfg.codec)

@@ -203,7 +203,7 @@ def initial_model(cfg, coder, layout, device):
         model = load(cfg.backbone, cfg.init, device, control=cfg.control, partial=cfg.init_partial, prepare=prepare)
     else:
         model = prepare(build(cfg.backbone, None).to(device))
-    return configure(model, cfg)
+    return configure(model, cfg.history, cfg.attention, cfg.recent, cfg.choose)
 
 
 def save_teacher(model, ema, cfg, run, step):

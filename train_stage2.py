@@ -132,8 +132,9 @@ def networks(cfg, layout, device):
     def network(dtype, quant="none"):
         reseed(cfg.seed, "initialisation")
         place = lambda model: layout.place(qat.apply(model, quant))
-        return configure(place(build_on(device, dtype, cfg.backbone)) if cfg.teacher == "random" else
-                         load(cfg.backbone, cfg.teacher, device, dtype, prepare=place), cfg)
+        model = place(build_on(device, dtype, cfg.backbone)) if cfg.teacher == "random" else \
+            load(cfg.backbone, cfg.teacher, device, dtype, prepare=place)
+        return configure(model, cfg.history, cfg.attention, cfg.recent, cfg.choose)
 
     teacher = network(torch.bfloat16 if device.type == "cuda" else torch.float32,
                       cfg.quant if cfg.tune == "lora" else "none").requires_grad_(False).eval()

@@ -10,7 +10,7 @@ from torch import nn
 
 import compress
 from compress import Detail, Past, Settings, name_of, own_kernel
-from model import build
+from model import PRESETS, build
 from scales import FINE, SIZES, WHOLE, cells, packed, part, places, plan, tokens
 
 GRIDS = (30, 52), (15, 26)
@@ -230,9 +230,9 @@ def test_the_second_branch_halves_what_the_kernel_halves():
 
 # ---- Where tokens stand ----------------------------------------------------------------------------------------------
 
-def stand(T, kind="framepack", grid=(4, 6), spec=None, **fields):
+def stand(T, kind="framepack", grid=(4, 6)):
     """Centres, bounds and ids of the memory of T frames, and the place of the first frame that is left as it is."""
-    settings = Settings.of(spec or build("tiny", layers=1, dim=24, heads=2, ffn=8).spec, kind, **fields)
+    settings = Settings.of(PRESETS["tiny"], kind)
     start, older = part(settings.plan(T))
     return settings, start, older, places(older, grid, T, start, settings.near, settings.far, settings.dense)
 
@@ -290,11 +290,10 @@ def test_an_id_names_the_same_frames_for_as_long_as_they_live():
 
 def test_settings_fit_the_backbone_and_survive_being_written_down():
     for name, window, forcing in (("wan2.1-1.3b", (1, 15), (8, 4)), ("tiny", (1, 7), (4, 4)), ("ltx2.3-22b", (1, 11), (8, 4))):
-        spec = build("tiny", layers=1, dim=24, heads=2, ffn=8).spec if name == "tiny" else __import__("model").PRESETS[name]
         for kind, sizes in (("window", window), ("packforcing", forcing)):
-            settings = Settings.of(spec, kind, attention="self")
+            settings = Settings.of(PRESETS[name], kind, attention="self")
             assert (settings.sink, settings.recent) == sizes and Settings.read(str(settings)) == settings
     with pytest.raises(ValueError, match="unknown history 'all'"):
-        Settings.of(spec, "all")
+        Settings.of(PRESETS["tiny"], "all")
     with pytest.raises(ValueError, match="attention is joint, self or segment"):
         Settings(attention="cross")

@@ -14,9 +14,10 @@ import subprocess
 import sys
 import time
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from torch import nn
 import checkpoint
 import common
 import data
+import dmd
 import export
 import faults
 import model
@@ -213,7 +215,7 @@ def test_stage_2_interrupted_twice_ends_with_the_bits_of_a_whole_run(small, monk
     assert_same_run(small / "whole", small / "parts")
 
 
-@pytest.mark.parametrize("flags", [(), ("--train", "control")], ids=["all", "control alone"])
+@pytest.mark.parametrize("flags", [(), pytest.param(("--train", "control"), marks=pytest.mark.slow)], ids=["", "part"])
 def test_stage_1_interrupted_twice_ends_with_the_bits_of_a_whole_run(small, monkeypatch, flags):
     flags = [*flags, "--init", small / "teacher.safetensors"]
     train(one, small / "whole", *flags)
@@ -623,6 +625,23 @@ def test_a_loss_that_is_not_finite_shows_in_every_gradient(bad):
     assert p.grad[0].isnan() and common.alarm(torch.tensor(3.0)) == 1
 
 
+@pytest.mark.parametrize("bad", ["dmd", "sft", "critic", ""])
+def test_each_loss_of_stage_2_that_is_not_finite_shows_in_its_gradients(monkeypatch, bad):
+    def lost(name):
+        return torch.tensor(torch.inf if bad == name else 0.0)
+    monkeypatch.setattr(dmd, "dmd_loss", lambda t, c, x0, *rest: (x0.sum() + lost("dmd"), {}))
+    monkeypatch.setattr(dmd, "sft_loss", lambda student, *rest: student.sum() + lost("sft"))
+    monkeypatch.setattr(dmd, "critic_error", lambda critic, *rest: critic.expand(2, 3, 4, 2, 2) + lost("critic"))
+    student, critic = (torch.ones((), requires_grad=True) for _ in range(2))
+    x = torch.ones(2, 3, 4, 2, 2)
+    nets = dmd.Networks(None, student, critic, None, lambda name: nullcontext())
+    recipe, mask = dmd.Recipe(1.0, 3.0, 0.02, 0.98, 4, 0, 0, 0, 0.1), torch.ones(2, 4, dtype=torch.bool)
+    clip = dmd.Clip(x * student, x, SimpleNamespace(frames=lambda *at: None), None, mask)
+    dmd.student_gradients(nets, recipe, clip, 4, 4)
+    dmd.critic_gradients(nets, recipe, clip._replace(x0=x))
+    assert student.grad.isfinite() == (bad not in ("dmd", "sft")) and critic.grad.isfinite() == (bad != "critic")
+
+
 def test_an_error_on_one_rank_ends_the_other_at_once_with_its_message(small, monkeypatch):
     usual = data.WorldStream.batch
 
@@ -706,7 +725,7 @@ def cut(small, ranks, rng):
     """Run to the end, with two ends by SIGTERM at random times; exit codes of each start."""
     ends = []
     while not ends or ends[-1] != {0}:
-        run = Processes(small, lambda: train(one, small / "cut", "--steps", 12, "--save_every", 5), ranks)
+        run = Processes(small, lambda: train(one, small / "cut", "--steps", 8, "--save_every", 3), ranks)
         time.sleep(rng.uniform(0.05, 1.5) * (len(ends) < 2))
         for pid in run.pids * (len(ends) < 2):
             os.kill(pid, signal.SIGTERM)                                                # what torchrun does
@@ -719,7 +738,7 @@ def cut(small, ranks, rng):
 
 @pytest.mark.parametrize("trial", [0, 1, *(pytest.param(n, marks=pytest.mark.slow) for n in range(2, 20))])
 def test_sigterm_at_random_times_loses_nothing(small, trial):
-    Processes(small, lambda: train(one, small / "whole", "--steps", 12, "--save_every", 5), 1 + trial % 2).wait()
+    Processes(small, lambda: train(one, small / "whole", "--steps", 8, "--save_every", 3), 1 + trial % 2).wait()
     print(cut(small, 1 + trial % 2, random.Random(trial)))
     assert_same_run(small / "whole", small / "cut")
 

@@ -196,15 +196,18 @@ class OfficialCodec(Codec):
         return f"{self.spec.name} {hashed.hexdigest()}"
 
 
+SAMPLE = 2 ** 16        # bytes, three times a file
+
+
 def sample(file):
     """What `fingerprint` takes of a file: bytes that differ if its content does, but for changes made to hide."""
     if file.name == "config.json":                      # which version wrote it does not matter
         config = json.loads(file.read_text())
         config = {key: value for key, value in config.items() if "version" not in key and key[0] != "_"}
         return json.dumps(config, sort_keys=True).encode()
-    size, part = file.stat().st_size, 2 ** 16
+    size = file.stat().st_size
     with open(file, "rb") as stream:
-        taken = [os.pread(stream.fileno(), part, at) for at in (0, size // 2, max(0, size - part))]
+        taken = [os.pread(stream.fileno(), SAMPLE, at) for at in (0, size // 2, max(0, size - SAMPLE))]
     if file.suffix == ".safetensors":
         with safe_open(file, "pt") as reader:
             taken += [reader.get_tensor(key).float().numpy().tobytes()

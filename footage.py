@@ -30,6 +30,7 @@ from PIL import Image, UnidentifiedImageError
 VIDEOS = ".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v"
 PICTURES = ".png", ".jpg", ".jpeg"
 COLUMNS = "video", "caption", "action_frames", "action_label", "cameras", "scene"       # of csv and jsonl; video is due
+TIE = 1e-6                          # seconds: of two frames that are equally near it is the earlier
 MISSING = 1.0                       # seconds that a header may promise too many
 HDR = 16, 18                        # transfer functions PQ and HLG (ITU-T H.273)
 
@@ -167,17 +168,18 @@ def upright(frames):
 
 
 def at_rate(frames, fps):
-    """(index, frame) nearest to the times first, first + 1 / fps, ...; an index comes twice where frames are far apart.
-    Frames are (seconds, ...)."""
+    """(index, frame) nearest to the times first, first + 1 / fps, ..., last; an index comes twice where frames are far
+    apart. Frames are (seconds, ...); files round their times, so the last may be a tenth early."""
     last, count, first = None, 0, 0.0
     for index, frame in enumerate(frames):
         first = frame[0] if last is None else first
-        while last and 2 * (first + count / fps) < last[1][0] + frame[0]:
+        while last and 2 * (first + count / fps) < last[1][0] + frame[0] + TIE:
             yield last
             count += 1
         last = index, frame
-    if last and first + (count - 0.5) / fps < last[1][0]:
+    while last and first + (count - 0.1) / fps < last[1][0]:
         yield last
+        count += 1
 
 
 def fit(picture, aspect, width, height):

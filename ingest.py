@@ -62,7 +62,7 @@ class Config:
         if self.backbone not in PRESETS:
             raise ValueError(f"unknown backbone '{self.backbone}'; choose {', '.join(PRESETS)}")
         spec = PRESETS[self.backbone]
-        for name, default in zip(("frames", "height", "width", "fps"), (*spec.size, spec.fps)):
+        for name, default in zip(("frames", "height", "width", "fps"), (*spec.size, float(spec.fps))):
             object.__setattr__(self, name, getattr(self, name) or default)
         require_positive(self, "frames", "height", "width", "fps", "action_stride", "shard", "workers")
         for name, stride, rest in zip(("frames", "height", "width"), spec.stride, (1, 0, 0)):
@@ -176,7 +176,7 @@ def prepare(cfg):
 
 def report(out, items, done):
     """report.json of the shards that are `done` [(path, items)]: counts of results, every refused item, its shard."""
-    notes = [(path.name, notes_of(path)) for path, _ in done]
+    notes = [(path.name, notes_of(path)) for path, _ in sorted(done, key=lambda job: job[0])]
     refused = [{**entry, "shard": name} for name, note in notes for entry in note["refused"]]
     over = sum(len(part) for _, part in done)
     counts = {"ok": over - len(refused), **Counter(entry["result"] for entry in refused)}

@@ -5,7 +5,7 @@ A video is a file or a folder of pictures; captions, actions and cameras come fr
 A folder of ten thousand files holds files of every kind. Each kind has one result, whoever looks. Refused are
 
     missing         there is no such file
-    unreadable      not a video or picture that FFmpeg or Pillow knows
+    unreadable      not a video that FFmpeg knows, or not a picture of 8 bits that Pillow knows
     no video        sound alone
     truncated       ends before its own header says
     corrupt         damaged frames inside
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 VIDEOS = ".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v"
 PICTURES = ".png", ".jpg", ".jpeg"
@@ -124,8 +124,10 @@ def frames_of(path, picture_fps):
         for i, file in enumerate(sorted((p for p in path.iterdir() if p.suffix.lower() in PICTURES), key=natural)):
             try:
                 with Image.open(file) as picture:
-                    yield i / picture_fps, picture.convert("RGB"), 1.0
-            except (UnidentifiedImageError, OSError, SyntaxError) as error:
+                    if picture.mode[0] in "IF":
+                        raise Refused("unreadable", f"{file.name} has more than 8 bits")
+                    yield i / picture_fps, ImageOps.exif_transpose(picture).convert("RGB"), 1.0
+            except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
                 raise Refused("unreadable", f"{file.name}: {error}") from None
         return
     try:

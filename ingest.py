@@ -69,6 +69,8 @@ class Config:
             if getattr(self, name) % stride != rest % stride:
                 raise ValueError(f"{self.backbone} wants --{name} {f'1 + {stride} k' if rest else f'{stride} k'}, "
                                  f"got {getattr(self, name)}")
+        if self.frames < 2:
+            raise ValueError("--frames of a clip are 2 or more")
         if not 0 <= self.held_out < 1 or not 0 <= self.tolerate <= 1 or not -1 <= self.label <= 80:
             raise ValueError("--held_out and --tolerate are shares, 0..1; --label is -1..80")
 

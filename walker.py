@@ -99,7 +99,7 @@ class Walker:
 
     def step(self, label):
         """A step along the heading, then the turn, as in the tiny world."""
-        x, y, _, angle, *velocity = self.game.get_state().game_variables
+        angle, *velocity = self.game.get_state().game_variables[3:]
         move, turn = (part.numpy() for part in motion(torch.tensor(label)))             # (right, ahead), (up, right)
         wanted = move * UNITS / TICS                                                    # speed in units a tic
         turned = world.ANGLE * turn[1]

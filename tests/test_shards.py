@@ -159,6 +159,17 @@ def test_damaged_and_missing_shards_are_named(folder, tmp_path):
         stream(broken)
 
 
+def test_a_shard_is_there_completely_or_not_at_all(tmp_path, monkeypatch):
+    def torn(tensors, path, metadata):
+        Path(path).write_bytes(b"half of a shard")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(shards, "save_file", torn)
+    with pytest.raises(OSError, match="No space left"):
+        make(tmp_path / "a", [recording(0)])
+    assert not [*(tmp_path / "a").glob("shard-*.safetensors")]
+
+
 def test_what_training_asks_for_must_be_there(folder):
     with pytest.raises(ValueError, match="has 31 latent frames, the longest has 30"):
         open_stream(str(folder), codec("tiny"), SPEC, 0, 31, 1, 1, 1)
@@ -228,3 +239,16 @@ def test_both_stages_train_on_shards_and_never_on_the_embedded_world(folder, tmp
     flags += ["--teacher", str(tmp_path / "one/teacher.safetensors"), "--out", str(tmp_path / "two")]
     train_stage2.main(common.parse(train_stage2.Config, flags))
     assert (tmp_path / "two" / "student.safetensors").exists()
+
+
+def test_what_a_probe_reads_is_compared_with_what_was_told(folder, tmp_path):
+    import judge
+    actions = torch.tensor([[0, 9, 12, 80], [0, 0, 3, 44]])
+
+    class Reader:
+        def read(self, video):
+            wrong = torch.tensor([[[0, 1], [0, 0], [0, 0]], [[1, 1], [0, 0], [0, 0]]])  # both | translation
+            return (torch.stack([actions[:, 1:] // 9, actions[:, 1:] % 9], -1) + wrong) % 9, None
+
+    wanted = {"translation": 0.8333, "rotation": 0.6667, "both": 0.6667}
+    assert judge.obeyed(Reader(), torch.zeros(2, 4, 64, 96, 3), actions) == wanted

@@ -200,7 +200,7 @@ def main(cfg):
         summary = report(cfg.out, items, done)
         print("\n".join(f"{count:8d}  {result}" for result, count in summary["results"].items()))
         if bad > cfg.tolerate * len(items):
-            fail(f"{bad} of {len(items)} videos are refused, more than --tolerate {cfg.tolerate:g}; {cfg.out}/report.json"
-                 " lists them. Mend them and delete their shards, or tolerate more, and run the same command again")
+            fail(f"{bad} of {len(items)} videos are refused, more than --tolerate {cfg.tolerate:g}; report.json in "
+                 f"{cfg.out} lists them. Mend them and delete their shards, or tolerate more; then run it again")
         write_index(cfg.out, cfg.held_out)
         print(f"wrote {cfg.out}: {summary['clips']} clips of {len(items)} videos; report.json, index.jsonl")

@@ -8,7 +8,7 @@ A folder of ten thousand files holds files of every kind. Each kind has one resu
     unreadable      not a video that FFmpeg knows, or not a picture of 8 bits that Pillow knows
     no video        sound alone
     truncated       ends before its own header says
-    corrupt         damaged frames inside
+    corrupt         damage that the decoder notices (it cannot see all there is)
     no times        times of frames are missing or do not rise
     interlaced      two moments in one picture
     high range      PQ or HLG light, whose colours would be wrong in 8 bits
@@ -142,13 +142,13 @@ def frames_of(path, picture_fps):
             if not films:
                 raise Refused("no video", f"{len(file.streams)} streams, none of moving pictures")
             result, stream = "corrupt", file.streams[films[0]]
-            ends = [p.pts * p.time_base for p in file.demux(stream) if p.pts is not None]
+            packets = [packet.pts for packet in file.demux(stream) if packet.size]      # one a frame
+            times = [pts * stream.time_base for pts in packets if pts is not None]
             promised = file.duration / av.time_base if len(file.streams) == 1 and file.duration else 0      # seconds
-            if len(ends) < stream.frames or ends and max(ends) - min(ends) < promised - MISSING:
-                raise Refused("truncated", f"{len(ends)} of {stream.frames or f'{promised:.1f} seconds of'} frames")
+            if len(packets) < stream.frames or times and max(times) - min(times) < promised - MISSING:
+                raise Refused("truncated", f"{len(packets)} of {stream.frames or f'{promised:.1f} seconds of'} frames")
         with av.open(str(path)) as file:
             stream = file.streams[films[0]]
-            stream.codec_context.options = {"err_detect": "explode"}                    # or damage is smeared over
             for seconds, picture, turns in upright(file.decode(stream)):
                 aspect = float(stream.sample_aspect_ratio or 1)
                 yield seconds, picture, 1 / aspect if turns % 2 else aspect

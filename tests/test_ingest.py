@@ -90,9 +90,12 @@ def corpus(tmp_path_factory):
     film(root / "long.mp4", "96x64", 8, 9)
     whole = (root / "long.mp4").read_bytes()
     (root / "headless.mp4").write_bytes(whole[:len(whole) * 2 // 3])                    # its header was at the end
-    film(root / "long.mp4", "96x64", 8, 9, "libx264", "-movflags", "faststart")
+    ffmpeg("-f", "lavfi", "-i", PICTURE.format("96x64", 8, 9), "-f", "lavfi", "-i", "sine=duration=12", "-c:v",
+           "libx264", "-g", 4, "-pix_fmt", "yuv420p", "-movflags", "faststart", root / "long.mp4")
     whole = (root / "long.mp4").read_bytes()
     (root / "half.mp4").write_bytes(whole[:len(whole) // 2])
+    film(root / "long.mp4", "96x64", 8, 9, "libx264", "-movflags", "faststart")
+    whole = (root / "long.mp4").read_bytes()
     middle = len(whole) * 2 // 3
     (root / "damaged.mp4").write_bytes(whole[:middle] + bytes(400) + whole[middle + 400:])
     film(root / "long.mkv", "96x64", 8, 9)

@@ -1,6 +1,7 @@
 """Doom through an exact pinhole camera: pictures agree with poses, labels with both, and walks are repeatable."""
 
 import json
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from control import labels_from_poses, parse_actions
 from data import ShardStream
 from encode import codec
 from model import PRESETS
+from shards import read_index, read_shard
 
 pytest.importorskip("vizdoom", reason="Doom needs the extra doom")
 import doom             # noqa: E402: only where ViZDoom is
@@ -89,6 +91,8 @@ def test_walks_are_shards_whose_labels_agree_with_their_poses_and_can_be_made_ag
     one, two = ((tmp_path / name / "index.jsonl").read_text() for name in ("one", "two"))
     assert one == two                                                                   # sha256 and all
     clips = [clip for line in one.splitlines() for clip in json.loads(line)["clips"]]
+    walks = [read_shard(tmp_path / "one", line)[f"{i}.x0"] for line in read_index(tmp_path / "one") for i in range(2)]
+    assert not any(torch.equal(a, b) for a, b in combinations(walks, 2))
     assert len(clips) == 4 and sum(clip["split"] == "test" for clip in clips) == 1
     batch = ShardStream(tmp_path / "one", PRESETS["tiny"], codec("tiny").fingerprint(), 0).batch(0, 8, 8)
     control = batch.condition.control

@@ -24,6 +24,8 @@ class Memory:
 
     Tokens act at sigma 0, are told the caption and no action or camera, and are dropped before the head. Positions are
     in latent frames and patch cells; a cell [s, e) has its centre at (s + e - 1) / 2. All but `tokens` is on the host.
+    Packed times best keep the chunk where training had it: HunyuanVideo's text has no position, so it knows absolute
+    ones. `bounds` tell LTX what contains latent frame 0, which is a single pixel frame.
     """
     tokens: torch.Tensor            # [B, N, D], such as the backbone's `embed` makes
     centres: torch.Tensor           # [N, 3] float64: time, row, column; packed times may stand in for long ages

@@ -554,7 +554,7 @@ LTX_UNUSED = re.compile(                # the rest of the official file: codecs,
 
 
 class LTXAttention(nn.Module):
-    """Attention of `x` to `context`, or its parts for attention among tokens; each head has a gate, 1 at a logit of 0."""
+    """Attention to `context`, or its parts for attention among tokens; each head has a gate, 1 at a logit of 0."""
 
     def __init__(self, dim, heads, eps):
         super().__init__()

@@ -26,7 +26,7 @@ BACKBONES = {
     "ltx2.3-22b": dict(dim=64, heads=4, ffn=64, layers=3, channels=4, text_dim=64, stride=(8, 16, 16))}
 each = pytest.mark.parametrize("name", BACKBONES)
 cached = pytest.mark.parametrize("mode", ["self", "segment"])
-KINDS = [None, "adaln+text+plucker+prope", "prope", "plucker", "text"]
+KINDS = [None, "adaln+text+plucker+prope", "prope"]
 B, T, CLEAN, ROWS, COLUMNS = 2, 5, 2, 2, 3
 L = ROWS * COLUMNS
 LENGTHS = (6, 4, 4, 3)                                                                  # of segments: two are alike
@@ -129,7 +129,8 @@ def test_frames_as_memory_are_the_frames(name):
     def split_at(n, shift=0.0):
         centres = model.centres(torch.arange(n).double(), H, W)
         start = torch.cat([centres, centres + 1]).view(2, -1, 3).permute(1, 2, 0).long()
-        memory = Memory(model.embed(x[:, :, :n]).flatten(1, 2), centres + torch.tensor([shift, 0, 0]), start, torch.zeros(len(centres)).long())
+        tokens, segment = model.embed(x[:, :, :n]).flatten(1, 2), torch.zeros(len(centres)).long()
+        memory = Memory(tokens, centres + torch.tensor([shift, 0, 0]), start, segment)
         return model(x[:, :, n:], sigma[:, n:], words(name), None, memory, torch.arange(n, T))[:, :, CLEAN - n or None:]
     whole = model(x, sigma, words(name))[:, :, CLEAN:]
     close(split_at(1), split_at(2))
@@ -192,7 +193,7 @@ def test_positions_add_up(name, delta):
     at = lambda p: torch.complex(*(y.double() for y in model.rope(p, True)))
     zero, move = torch.zeros(1, 3).double(), torch.tensor([[delta, 0, 0]]).double()
     step = at(zero + move) * at(zero).conj()                                            # LTX counts from the middle of its range
-    same = (step.imag == 0) & (step.real > 0)                                           # fp32 squares of cos and sin add up to 1 nearly
+    same = (step.imag == 0) & (step.real > 0)                                           # squares add up to 1 nearly
     step = torch.where(same, 1.0, step.real).float(), step.imag.float()
     turned = block.turn(x, model.rope(places, True))
     moved = block.turn(turned, step)
@@ -228,7 +229,8 @@ SIZES = dict(zip(ROLES, (sum(LENGTHS), 5, 3, 7, 3)))
 
 def visible(mode, asking, i, seen, j):
     """May token i of the kind `asking` attend to token j of the kind `seen`? Written token by token, from the paper."""
-    segment = lambda kind, n: (kind, sum(n >= end for end in torch.tensor(LENGTHS).cumsum(0).tolist())) if kind == "memory" else kind
+    ends = torch.tensor(LENGTHS).cumsum(0).tolist()
+    segment = lambda kind, n: (kind, sum(n >= end for end in ends)) if kind == "memory" else kind
     if mode == "joint":
         return True
     if asking in ("frames", "text"):
@@ -251,9 +253,21 @@ def test_attention_without_masks_is_one_softmax_under_a_mask(mode, padding):
     keys = torch.cat([valid if padding and role in ("caption", "text") else torch.ones(B, SIZES[role]).bool() for role in roles], 1)
     whole = F.scaled_dot_product_attention(*(torch.cat(x, 2) for x in (q, k, v)), attn_mask=mask & keys[:, None, None])
     close(torch.cat(found, 1), whole.transpose(1, 2).flatten(2), 1e-6)
-    if mode == "self":                                                                  # a second softmax is no continuation of the first
-        parts = [attention(q[3], join, values) for join, values in ((torch.cat(k[:2], 2), torch.cat(v[:2], 2)), (torch.cat(k[3:], 2), torch.cat(v[3:], 2)))]
+    if mode == "self":                                                                  # two softmaxes do not add up to one
+        parts = [attention(q[3], *(torch.cat(x[part], 2) for x in (k, v))) for part in (slice(2), slice(3, None))]
         assert (sum(parts).transpose(1, 2).flatten(2) - found[3]).abs().max() > 0.1
+
+
+@each
+@torch.no_grad()
+def test_in_one_block_the_chunk_hears_the_same_in_all_modes(name, monkeypatch):
+    """Modes differ in what history becomes; what a chunk sees of it, cameras included, is all of it in each."""
+    monkeypatch.setitem(BACKBONES, name, {**BACKBONES[name], "layers": 1})
+    model = network(name, KINDS[1])
+    x, sigma = window(model)
+    joint, own, segment = (model(x, sigma, words(name), told(), memory_of(model, mode), PLACES)[:, :, CLEAN:]
+                           for mode in ("joint", "self", "segment"))
+    close(own, joint), close(segment, joint)
 
 
 @each
@@ -265,7 +279,8 @@ def test_history_is_deaf_to_the_chunk_but_under_joint_it_is_not(name, mode):
     x, sigma = window(model)
     other, louder, control, elsewhere = x.clone(), sigma.clone(), told(), told()
     other[:, :, CLEAN:], louder[:, CLEAN:] = torch.randn(B, 4, T - CLEAN, *x.shape[3:]), 0.9
-    elsewhere = Control(*(torch.cat([a[:, :CLEAN], b[:, CLEAN:]], 1) for a, b in zip(vars(control).values(), vars(told(7)).values())))
+    pairs = zip(vars(control).values(), vars(told(7)).values())
+    elsewhere = Control(*(torch.cat([a[:, :CLEAN], b[:, CLEAN:]], 1) for a, b in pairs))
     changes = (other, sigma, control), (x, louder, control), (x, sigma, elsewhere)
     run = lambda x, sigma, control, mode: layers_of(model, x, sigma, words(name), control, memory_of(model, mode))
     base, joint = run(x, sigma, control, mode), run(x, sigma, control, "joint")
@@ -359,11 +374,13 @@ def test_segments_outlive_their_chunk(name):
     part = lambda i: first.without(first.without(memory_of(model, lengths=(1,), names=(i,))))
     moved = [replace(part(i), centres=part(i).centres - torch.tensor([days, 0, 0])) for i, days in ((8, 3.75), (5, 120.0))]
     packed = [moved[0], new, moved[1]]                                                  # another order; 6 and 7 have gone
-    second = Memory(torch.cat([m.tokens for m in packed], 1), *(torch.cat([getattr(m, k) for m in packed]) for k in ("centres", "bounds", "segment")), "segment")
+    places = (torch.cat([getattr(m, k) for m in packed]) for k in ("centres", "bounds", "segment"))
+    second = Memory(torch.cat([m.tokens for m in packed], 1), *places, "segment")
     later, control = window(model, 6)[0], told(11)
     prefill = partial(model.prefill, later[:, :, :CLEAN], words(name), control.frames(0, CLEAN), second, PLACES[:CLEAN])
     tokens = []
-    hook = getattr(model, model.block_list)[0].register_forward_pre_hook(lambda block, args: tokens.append([g.x.shape[2] for g in args[0] if g.role == "memory"]))
+    count = lambda block, args: tokens.append([g.x.shape[2] for g in args[0] if g.role == "memory"])
+    hook = getattr(model, model.block_list)[0].register_forward_pre_hook(count)
     kept, fresh = prefill(past=cache), prefill()
     hook.remove()
     assert tokens == [[5], [3 + 5 + 6]]                                                 # of the kept ones nothing is computed
@@ -416,25 +433,45 @@ def test_operations_of_a_chunk_agree_with_a_counter(name, mode):
 
 # ---- Training and running --------------------------------------------------------------------------------------------
 
+def everything(model, mode):
+    """Velocity and gradients of a forward that trains, and under a cached mode that of a step behind a prefill."""
+    x, sigma = window(model)
+    memory, control = memory_of(model, mode), told() if model.control else None
+    tokens, text = memory.tokens.requires_grad_(), words(model.spec.name)
+    v = model(x, sigma, text, control, memory, PLACES)
+    v[:, :, CLEAN:].square().mean().backward()
+    steps = []
+    if mode != "joint":
+        with torch.no_grad():
+            cache = model.prefill(x[:, :, :CLEAN], text, control and control.frames(0, CLEAN), memory, PLACES[:CLEAN])
+            steps = [model(x[:, :, CLEAN:], sigma[:, CLEAN:], text, control, cache, PLACES)]
+    return v.detach(), tokens.grad, *steps, *(p.grad for p in model.parameters() if p.grad is not None)
+
+
+@each
+def test_blocks_under_checkpointing_have_the_same_gradients(name):
+    plain, again = (everything(change(network(name, KINDS[1])), "segment") for change in (lambda model: model, checkpoint_blocks))
+    for a, b in zip(again, plain, strict=True):
+        close(a, b)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name[:3] == "hun" else pytest.mark.slow) for name in BACKBONES])
+def test_blocks_share_one_compilation_per_pass_without_graph_breaks(name):
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    before, plain = graphs["unique_graphs"], everything(network(name), "segment")
+    for a, b in zip(everything(compile_blocks(network(name), fullgraph=True, backend="eager"), "segment"), plain, strict=True):
+        close(a, b)
+    assert graphs["unique_graphs"] == before + 3                                        # training, prefill, step
+
+
+@pytest.mark.slow
 @each
 @pytest.mark.parametrize("mode", ["joint", "self", "segment"])
 def test_checkpointed_and_compiled_blocks_are_the_same(name, mode):
-    def run(model):
-        x, sigma = window(model)
-        memory = memory_of(model, mode)
-        tokens = memory.tokens.requires_grad_()
-        v = model(x, sigma, words(name), told(), memory, PLACES)
-        v[:, :, CLEAN:].square().mean().backward()
-        steps = []
-        if mode != "joint":
-            with torch.no_grad():
-                cache = model.prefill(x[:, :, :CLEAN], words(name), told().frames(0, CLEAN), memory, PLACES[:CLEAN])
-                steps = [model(x[:, :, CLEAN:], sigma[:, CLEAN:], words(name), told(), cache, PLACES)]
-        return v.detach(), tokens.grad, *steps, *(p.grad for p in model.parameters() if p.grad is not None)
     torch._dynamo.reset()
-    plain = run(network(name, KINDS[1]))
     model = compile_blocks(checkpoint_blocks(network(name, KINDS[1])), fullgraph=True, backend="eager")
-    for a, b in zip(run(model), plain, strict=True):
+    for a, b in zip(everything(model, mode), everything(network(name, KINDS[1]), mode), strict=True):
         close(a, b)
 
 

@@ -1,6 +1,7 @@
 """Codecs of the official backbones against diffusers' own pipelines, with tiny random networks; streams of pixels."""
 
 import json
+import re
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -187,6 +188,21 @@ def test_what_does_not_fit_the_strides_is_refused_not_cropped(ours):
         ours.encode(torch.zeros(1, 1, 64, 72, 3, dtype=torch.uint8))
     with pytest.raises(ValueError, match="uint8 video"):
         ours.encode(torch.zeros(1, 1, 64, 64, 3))
+
+
+@pytest.mark.parametrize("name, parameters", [("wan2.1-1.3b", 126_892_531), ("wan2.2-5b", 704_688_668),
+                                              ("hunyuan1.5-8b", 1_260_634_115), ("ltx2.3-22b", 726_106_225 - 2 * 128)])
+def test_speed_is_measured_on_vaes_of_the_official_sizes(name, parameters):
+    with torch.device("meta"):
+        net = getattr(diffusers, vae.CLASSES[model.PRESETS[name].arch].library)(**vae.OFFICIAL[name])
+    assert sum(p.numel() for p in net.parameters()) == parameters
+
+
+def test_the_measurement_says_what_it_measured(monkeypatch):
+    monkeypatch.setitem(vae.OFFICIAL, "wan2.1-1.3b", official.TINY["wan2.1-1.3b"])
+    line = vae.measure("wan2.1-1.3b", torch.device("cpu"), (25, 32, 64))
+    assert "25 frames of 32x64: encode" in line and "a chunk of 2 latent frames, 8 pixel frames" in line
+    assert float(re.search(r"relative error ([\d.e+-]+);", line)[1]) == 0
 
 
 # ---- Text ------------------------------------------------------------------------------------------------------------

@@ -81,9 +81,9 @@ def maker(cfg, device):
             walkers[name] = walkers.get(name) or Walker(name)
             views, c2w = record(walkers[name], derive(cfg.seed, "walk", number), cfg.frames)
             text = {key: states[0] for key, states in coder.text([CAPTION]).items()}
-            recordings.append(Recording(f"{name}#{number}", f"walk {number}", CAPTION, coder.encode(views[None])[0], text,
-                                        labels_from_poses(c2w, world.STEP), relative(c2w),
-                                        world.K.expand(len(c2w), 3, 3)))
+            recordings.append(Recording(
+                f"{name}#{number}", f"walk {number}", CAPTION, coder.encode(views[None])[0], text,
+                labels_from_poses(c2w, world.STEP), relative(c2w), world.K.expand(len(c2w), 3, 3)))
         write_shard(path, {"backbone": "tiny", "codec": coder.fingerprint(), "fps": world.FPS}, recordings)
     return make
 

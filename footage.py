@@ -5,10 +5,10 @@ A video is a file or a folder of pictures; captions, actions and cameras come fr
 A folder of ten thousand files holds files of every kind. Each kind has one result, whoever looks. Refused are
 
     missing         there is no such file
-    unreadable      not a video or picture that FFmpeg or Pillow knows
+    unreadable      not a video that FFmpeg knows, or not a picture of 8 bits that Pillow knows
     no video        sound alone
     truncated       ends before its own header says
-    corrupt         damaged frames inside
+    corrupt         damage that the decoder notices (it cannot see all there is)
     no times        times of frames are missing or do not rise
     interlaced      two moments in one picture
     high range      PQ or HLG light, whose colours would be wrong in 8 bits
@@ -25,11 +25,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 VIDEOS = ".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v"
 PICTURES = ".png", ".jpg", ".jpeg"
 COLUMNS = "video", "caption", "action_frames", "action_label", "cameras", "scene"       # of csv and jsonl; video is due
+TIE = 1e-6                          # seconds: of two frames that are equally near it is the earlier
 MISSING = 1.0                       # seconds that a header may promise too many
 HDR = 16, 18                        # transfer functions PQ and HLG (ITU-T H.273)
 
@@ -123,8 +124,10 @@ def frames_of(path, picture_fps):
         for i, file in enumerate(sorted((p for p in path.iterdir() if p.suffix.lower() in PICTURES), key=natural)):
             try:
                 with Image.open(file) as picture:
-                    yield i / picture_fps, picture.convert("RGB"), 1.0
-            except (UnidentifiedImageError, OSError, SyntaxError) as error:
+                    if picture.mode[0] in "IF":
+                        raise Refused("unreadable", f"{file.name} has more than 8 bits")
+                    yield i / picture_fps, ImageOps.exif_transpose(picture).convert("RGB"), 1.0
+            except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
                 raise Refused("unreadable", f"{file.name}: {error}") from None
         return
     try:
@@ -139,13 +142,13 @@ def frames_of(path, picture_fps):
             if not films:
                 raise Refused("no video", f"{len(file.streams)} streams, none of moving pictures")
             result, stream = "corrupt", file.streams[films[0]]
-            ends = [p.pts * p.time_base for p in file.demux(stream) if p.pts is not None]
+            packets = [packet.pts for packet in file.demux(stream) if packet.size]      # one a frame
+            times = [pts * stream.time_base for pts in packets if pts is not None]
             promised = file.duration / av.time_base if len(file.streams) == 1 and file.duration else 0      # seconds
-            if len(ends) < stream.frames or ends and max(ends) - min(ends) < promised - MISSING:
-                raise Refused("truncated", f"{len(ends)} of {stream.frames or f'{promised:.1f} seconds of'} frames")
+            if len(packets) < stream.frames or times and max(times) - min(times) < promised - MISSING:
+                raise Refused("truncated", f"{len(packets)} of {stream.frames or f'{promised:.1f} seconds of'} frames")
         with av.open(str(path)) as file:
             stream = file.streams[films[0]]
-            stream.codec_context.options = {"err_detect": "explode"}                    # or damage is smeared over
             for seconds, picture, turns in upright(file.decode(stream)):
                 aspect = float(stream.sample_aspect_ratio or 1)
                 yield seconds, picture, 1 / aspect if turns % 2 else aspect
@@ -167,17 +170,18 @@ def upright(frames):
 
 
 def at_rate(frames, fps):
-    """(index, frame) nearest to the times first, first + 1 / fps, ...; an index comes twice where frames are far apart.
-    Frames are (seconds, ...)."""
+    """(index, frame) nearest to the times first, first + 1 / fps, ..., last; an index comes twice where frames are far
+    apart. Frames are (seconds, ...); files round their times, so the last may be a tenth early."""
     last, count, first = None, 0, 0.0
     for index, frame in enumerate(frames):
         first = frame[0] if last is None else first
-        while last and 2 * (first + count / fps) < last[1][0] + frame[0]:
+        while last and 2 * (first + count / fps) < last[1][0] + frame[0] + TIE:
             yield last
             count += 1
         last = index, frame
-    if last and first + (count - 0.5) / fps < last[1][0]:
+    while last and first + (count - 0.1) / fps < last[1][0]:
         yield last
+        count += 1
 
 
 def fit(picture, aspect, width, height):

@@ -63,13 +63,15 @@ class Config:
         if self.backbone not in PRESETS:
             raise ValueError(f"unknown backbone '{self.backbone}'; choose {', '.join(PRESETS)}")
         spec = PRESETS[self.backbone]
-        for name, default in zip(("frames", "height", "width", "fps"), (*spec.size, spec.fps)):
+        for name, default in zip(("frames", "height", "width", "fps"), (*spec.size, float(spec.fps))):
             object.__setattr__(self, name, getattr(self, name) or default)
         require_positive(self, "frames", "height", "width", "fps", "action_stride", "shard", "workers")
         for name, stride, rest in zip(("frames", "height", "width"), spec.stride, (1, 0, 0)):
             if getattr(self, name) % stride != rest % stride:
                 raise ValueError(f"{self.backbone} wants --{name} {f'1 + {stride} k' if rest else f'{stride} k'}, "
                                  f"got {getattr(self, name)}")
+        if self.frames < 2:
+            raise ValueError("--frames of a clip are 2 or more")
         if not 0 <= self.held_out < 1 or not 0 <= self.tolerate <= 1 or not -1 <= self.label <= 80:
             raise ValueError("--held_out and --tolerate are shares, 0..1; --label is -1..80")
 
@@ -178,7 +180,7 @@ def prepare(cfg):
 
 def report(out, items, done):
     """report.json of the shards that are `done` [(path, items)]: counts of results, every refused item, its shard."""
-    notes = [(path.name, notes_of(path)) for path, _ in done]
+    notes = [(path.name, notes_of(path)) for path, _ in sorted(done, key=lambda job: job[0])]
     refused = [{**entry, "shard": name} for name, note in notes for entry in note["refused"]]
     over = sum(len(part) for _, part in done)
     counts = {"ok": over - len(refused), **Counter(entry["result"] for entry in refused)}
@@ -200,7 +202,7 @@ def main(cfg):
         summary = report(cfg.out, items, done)
         print("\n".join(f"{count:8d}  {result}" for result, count in summary["results"].items()))
         if bad > cfg.tolerate * len(items):
-            fail(f"{bad} of {len(items)} videos are refused, more than --tolerate {cfg.tolerate:g}; {cfg.out}/report.json"
-                 " lists them. Mend them and delete their shards, or tolerate more, and run the same command again")
+            fail(f"{bad} of {len(items)} videos are refused, more than --tolerate {cfg.tolerate:g}; report.json in "
+                 f"{cfg.out} lists them. Mend them and delete their shards, or tolerate more; then run it again")
         write_index(cfg.out, cfg.held_out)
         print(f"wrote {cfg.out}: {summary['clips']} clips of {len(items)} videos; report.json, index.jsonl")

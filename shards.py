@@ -51,7 +51,7 @@ def write_shard(path, header, recordings, refused=()):
         parts = {"x0": r.x0.bfloat16(), "actions": control.check_actions(r.actions).to(torch.int8)}
         if r.c2w is not None:
             parts |= {"c2w": r.c2w.float(), "K": r.K.float()}
-        tensors |= {f"{i}.{key}": part.cpu().contiguous() for key, part in parts.items()}
+        tensors |= {f"{i}.{key}": part.cpu().clone().contiguous() for key, part in parts.items()}
         captions = [caption for caption, _ in texts]
         if r.caption not in captions:
             lengths = {key: len(states) for key, states in r.text.items()}
@@ -70,7 +70,7 @@ def trim(states):
     """[L, ...] without the zeros at its end, which `pad_sequence` gives back; floats in bf16."""
     used = states.flatten(1).any(1) if states.ndim > 1 else states != 0
     length = int(used.nonzero().max()) + 1 if used.any() else 0
-    return states[:length].to(torch.bfloat16 if states.is_floating_point() else states.dtype).cpu().contiguous()
+    return states[:length].to(torch.bfloat16 if states.is_floating_point() else states.dtype).cpu().clone()
 
 
 def replace(partial, path):

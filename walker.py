@@ -13,6 +13,7 @@ The game's engine is older than the pinhole camera in games. What stands in the 
 import math
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -56,6 +57,8 @@ class Walker:
         for part in ("hud", "weapon", "crosshair", "decals", "particles", "messages", "screen_flashes", "corpses"):
             getattr(game, f"set_render_{part}")(False)
         game.set_window_visible(False)
+        self.folder = TemporaryDirectory()                                              # for settings that it writes
+        game.set_doom_config_path(f"{self.folder.name}/settings.ini")
         game.set_sectors_info_enabled(True)
         game.set_episode_timeout(0)
         game.set_available_buttons([button.MOVE_FORWARD_BACKWARD_DELTA, button.MOVE_LEFT_RIGHT_DELTA,
@@ -96,7 +99,7 @@ class Walker:
 
     def step(self, label):
         """A step along the heading, then the turn, as in the tiny world."""
-        x, y, _, angle, *velocity = self.game.get_state().game_variables
+        angle, *velocity = self.game.get_state().game_variables[3:]
         move, turn = (part.numpy() for part in motion(torch.tensor(label)))             # (right, ahead), (up, right)
         wanted = move * UNITS / TICS                                                    # speed in units a tic
         turned = world.ANGLE * turn[1]

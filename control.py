@@ -252,21 +252,21 @@ class Control:
 @dataclass(frozen=True)
 class Condition:
     """What a velocity network is told besides noise: `text` (see `model.Spec`), `control` of the same T frames, and
-    `start`, how many latent frames of the video came before them."""
+    whether a video `begins` with them."""
     text: dict
     control: Control | None = None
-    start: int = 0
+    begins: bool = True
 
     def frames(self, start, stop):
         """The condition of frames start..stop-1."""
-        return Condition(self.text, self.control and self.control.frames(start, stop), self.start + start)
+        return Condition(self.text, self.control and self.control.frames(start, stop), self.begins and start == 0)
 
     def null(self, text):
         """The unconditional branch of guidance: the negative `text`, for every clip, and no control at all. A picture
         that the clips begin with is no part of the text: both branches see it."""
         B = max(map(len, self.text.values()), default=1)
         picture = {key: self.text[key] for key in ("vision", "vision_mask", "image") if key in self.text}
-        return Condition({key: x.expand(B, *x.shape[1:]) for key, x in text.items()} | picture, None, self.start)
+        return Condition({key: x.expand(B, *x.shape[1:]) for key, x in text.items()} | picture, None, self.begins)
 
 
 def main(argument):

@@ -31,7 +31,7 @@ def velocity_of(model):
 
     def velocity(x, sigma, condition):
         frames = None
-        if condition.start and model.spec.stride[0] > 1:        # only a video's first latent frame is one pixel frame
+        if not condition.begins and model.spec.stride[0] > 1:   # only a video's first is one pixel frame
             frames = torch.arange(1, x.shape[2] + 1, device=device)
         with autocast(device):
             return model(x, sigma, condition.text, condition.control, frames=frames)
@@ -199,7 +199,7 @@ class WorldModel:
         if len(labels) != count:
             raise ValueError(f"{count} start frames need {count} labels, got {len(labels)}")
         self.random, self.text, self.latents, self.actions = generator(seed, "play"), text, latents, labels[None]
-        self.start, self.stream = 0, {}             # latent frames that are forgotten; the codec's state
+        self.begins, self.stream = True, {}         # is the video's first frame still there; the codec's state
         return self.step([0] * self.spec.chunk) if first is None else self.codec.decode(latents, self.stream)[0]
 
     @torch.no_grad()
@@ -211,24 +211,24 @@ class WorldModel:
         self.actions = torch.cat([self.actions, actions], 1)
         past, frames = self.latents.shape[2], self.latents.shape[2] + actions.shape[1]
         cameras = self.codec.cameras(self.actions) if self.sees else ()                 # of one whom no wall stops
-        condition = Condition(self.text, Control(self.actions.to(self.device), *cameras), self.start)
+        condition = Condition(self.text, Control(self.actions.to(self.device), *cameras), self.begins)
         self.latents = rollout(self.velocity, condition, self.latents, frames, self.sigmas, self.spec.chunk,
                                self.spec.window, self.noise, self.sampler)
         fresh = self.codec.decode(self.latents[:, :, past:], self.stream)[0]
         keep = self.spec.window                                 # nothing older is ever looked at again
-        self.start += max(0, frames - keep)
+        self.begins = self.begins and frames <= keep
         self.latents, self.actions = self.latents[:, :, -keep:], self.actions[:, -keep:]
         return fresh
 
     def state(self):
         """All that the future depends on. Steps replace these tensors and never write into them: no copy is needed."""
-        return {"latents": self.latents, "actions": self.actions, "text": self.text, "start": self.start,
+        return {"latents": self.latents, "actions": self.actions, "text": self.text, "begins": self.begins,
                 "stream": dict(self.stream), "random": self.random.get_state()}
 
     def restore(self, state):
         """Go on from a `state()` of this world model, or of another of the same backbone: its teacher, more steps."""
         self.latents, self.actions, self.text = state["latents"], state["actions"], state["text"]
-        self.start, self.stream = state["start"], dict(state["stream"])
+        self.begins, self.stream = state["begins"], dict(state["stream"])
         self.random = torch.Generator()
         self.random.set_state(state["random"])
 

@@ -391,7 +391,7 @@ def test_a_dream_starts_with_one_pixel_frame_and_goes_on_without_seams(worlds, n
         latents.append(dream.latents[:, :, -len(actions):])
         dream.restore(here)
         assert torch.equal(dream.step(actions), frames[-1])                             # also the codec goes back
-    assert [len(f) for f in frames] == [2 * t, t, 2 * t] and dream.latents.shape[2] == 4 and dream.start == 3
+    assert [len(f) for f in frames] == [2 * t, t, 2 * t] and dream.latents.shape[2] == 4 and not dream.begins
     if name != "ltx2.3-22b":
         whole = dream.codec.decode(torch.cat(latents, 2))[0]
         assert (torch.cat(frames).int() - whole[1 + t:].int()).abs().max() <= 1
@@ -438,8 +438,8 @@ def test_guidance_without_words_still_sees_the_picture():
     text = {"text": torch.ones(2, 3, 4), "text_mask": torch.ones(2, 3, dtype=torch.bool), "vision": torch.ones(2, 5, 6),
             "image": torch.ones(2, 4, 1, 2, 2)}
     empty = {"text": torch.zeros(1, 3, 4), "text_mask": torch.zeros(1, 3, dtype=torch.bool)}
-    null = Condition(text, Control(torch.zeros(2, 1)), 7).null(empty)
-    assert null.control is None and null.start == 7 and {*null.text} == {*text}
+    null = Condition(text, Control(torch.zeros(2, 1)), False).null(empty)
+    assert null.control is None and not null.begins and {*null.text} == {*text}
     assert null.text["vision"] is text["vision"] and null.text["image"] is text["image"]
     assert null.text["text"].shape == (2, 3, 4) and not null.text["text"].any() and null.text["text_mask"].shape == (2, 3)
 
@@ -448,10 +448,10 @@ def test_withheld_words_take_their_masks_along_and_leave_the_picture():
     B, cfg = 64, train_stage1.Config(drop=0.3, drop_text=0.2)
     text = {"text": torch.ones(B, 3, 4), "text_mask": torch.ones(B, 3, dtype=torch.bool), "vision": torch.ones(B, 5, 6)}
     empty = {"text": torch.zeros(1, 3, 4), "text_mask": torch.tensor([[True, False, False]])}
-    told = train_stage1.drop(Condition(text, Control(torch.full((B, 2), 9)), 3), empty, cfg)
+    told = train_stage1.drop(Condition(text, Control(torch.full((B, 2), 9)), False), empty, cfg)
     without = (told.text["text"] == 0).flatten(1).all(1)
     assert 0.3 * B < without.sum() < 0.7 * B and torch.equal(told.text["text_mask"].sum(1), torch.where(without, 1, 3))
-    assert told.text["vision"].all() and told.start == 3
+    assert told.text["vision"].all() and not told.begins
 
 
 def test_the_page_plays_an_official_backbone(folders, tmp_path):

@@ -21,7 +21,7 @@ COMMON = {"layers": 2, "heads": 2, "freq_dim": 32, "chunk": 2, "window": 4}
 SMALL = {"wan": {**COMMON, "dim": 64, "ffn": 96, "channels": 4, "text_dim": 24, "text_len": 64},
          "hunyuan": {**COMMON, "dim": 64, "ffn": 96, "channels": 4, "text_dim": 24, "text_len": 96, "glyph_dim": 32,
                      "vision_dim": 20, "rope_dims": (8, 12, 12), "refiner": 1},
-         "ltx": {**COMMON, "dim": 64, "ffn": 96, "channels": 8, "text_dim": 64, "text_len": 32}}
+         "ltx": {**COMMON, "dim": 64, "ffn": 96, "channels": 8, "text_dim": 64, "text_len": 64}}
 STATISTICS = {"latents_mean": [0.1, -0.2, 0.3, 0.4], "latents_std": [1.0, 2.0, 0.5, 0.7]}
 TINY = {"wan2.1-1.3b": {"base_dim": 8, "z_dim": 4, **STATISTICS},
         "wan2.2-5b": {**vae.WAN22, "base_dim": 8, "decoder_base_dim": 12, "z_dim": 4, **STATISTICS},

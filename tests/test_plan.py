@@ -66,7 +66,7 @@ def optimizer_bytes(modules, lr=1e-3):
                          ids=["full", "GAN", "LoRA", "QAT"])
 def test_bytes_of_stage_2_are_those_of_its_networks(small, fields):
     cfg = stage2(**fields)
-    _, models, learning, _ = two.networks(cfg, CPU)
+    _, models, learning, _ = two.networks(cfg, Layout(CPU), CPU)
     state = plan.state(cfg, 2, frozen=torch.float32)
     assert state.parameters == nbytes(p for m in (*models, *learning.values()) for p in m.parameters())
     moments, gradients = optimizer_bytes(learning.values())

@@ -231,14 +231,15 @@ def test_a_table_of_the_embedded_world_is_not_made_for_other_data():
     assert train_stage1.Config(data="somewhere").data == "somewhere"
 
 
-def test_both_stages_train_on_shards_and_never_on_the_embedded_world(folder, tmp_path, monkeypatch):
+def test_both_stages_learn_from_shards_and_never_from_the_embedded_world(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "WorldStream", None)
-    flags = ["--data", str(folder), "--batch", "1", "--frames", "8", "--steps", "1"]
-    train_stage1.main(common.parse(train_stage1.Config, [*flags, "--out", str(tmp_path / "one")]))
-    flags += ["--preview", "0", "--critic_steps", "1", "--critic_warmup", "0"]
-    flags += ["--teacher", str(tmp_path / "one/teacher.safetensors"), "--out", str(tmp_path / "two")]
-    train_stage2.main(common.parse(train_stage2.Config, flags))
-    assert (tmp_path / "two" / "student.safetensors").exists()
+    flags = ["--data", str(folder), "--batch", "1", "--frames", "8", "--steps", "1", "--out", str(tmp_path / "one")]
+    train_stage1.main(common.parse(train_stage1.Config, flags))
+    assert (tmp_path / "one" / "teacher.safetensors").exists()
+    cfg = train_stage2.Config(data=str(folder), preview=0, frames=16, past=4)
+    assert isinstance(train_stage2.data(cfg, SPEC, torch.device("cpu"))[1], ShardStream)
+    with pytest.raises(ValueError, match="has 36 latent frames, the longest has 30"):
+        train_stage2.data(replace(cfg, past=20), SPEC, torch.device("cpu"))
 
 
 def test_what_a_probe_reads_is_compared_with_what_was_told(folder, tmp_path):

@@ -21,6 +21,7 @@ import train_stage1 as one
 import train_stage2 as two
 from control import NO_ACTION, Condition, Control
 from flow import schedule
+from parallel import Layout
 from nvfp4 import EmulatedLinear, fake_quant
 from rollout import velocity_of
 from weights import save
@@ -152,7 +153,7 @@ def test_the_rounding_is_the_students_alone(stage2, tune, quant):
     """Teacher and critic begin as the checkpoint is; the student as its rounding, its gradient reaches full weights."""
     file = stage2.folder / "teacher.safetensors"
     cfg = two.Config(teacher=str(file), tune=tune, quant=quant, rank=4)
-    nets, _, learning, _ = two.networks(cfg, torch.device("cpu"))
+    nets, _, learning, _ = two.networks(cfg, Layout(torch.device("cpu")), torch.device("cpu"))
     plain, x, sigma = model.load("tiny", file), torch.randn(2, 24, 4, 8, 12), torch.full((2, 4), 0.5)
     rounded = qat.apply(model.load("tiny", file), quant)
     condition = Condition({"text": torch.ones(2, 3, 64)}, Control(torch.ones(2, 4, dtype=torch.long)))

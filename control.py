@@ -252,42 +252,27 @@ class Control:
 
 @dataclass(frozen=True)
 class Condition:
-<<<<<<< HEAD
     """What a velocity network is told besides noise: `text` (see `model.Spec`), `control` of the same T frames, the `past`
     before them (see `compress.Past`), and whether the first of them `begins` the video."""
     text: dict
     control: Control | None = None
     past: object | None = None
-=======
-    """What a velocity network is told besides noise: `text` (see `model.Spec`), `control` of the same T frames, and
-    whether a video `begins` with them."""
-    text: dict
-    control: Control | None = None
->>>>>>> codecs
     begins: bool = True
 
     def frames(self, start, stop):
         """The condition of frames start..stop-1."""
-<<<<<<< HEAD
         if start and self.past is not None:
             raise ValueError(f"the past of this condition ends before its frame 0, not before frame {start}")
         control = self.control and self.control.frames(start, stop)
         return replace(self, control=control, begins=self.begins and start == 0)
-=======
-        return Condition(self.text, self.control and self.control.frames(start, stop), self.begins and start == 0)
->>>>>>> codecs
 
     def null(self, text):
         """The unconditional branch of guidance: the negative `text`, for every clip, and no control at all, behind the same
         past. A picture that the clips begin with is no part of the text: both branches see it."""
         B = max(map(len, self.text.values()), default=1)
         picture = {key: self.text[key] for key in ("vision", "vision_mask", "image") if key in self.text}
-<<<<<<< HEAD
         text = {key: x.expand(B, *x.shape[1:]) for key, x in text.items()} | picture
         return replace(self, text=text, control=None)
-=======
-        return Condition({key: x.expand(B, *x.shape[1:]) for key, x in text.items()} | picture, None, self.begins)
->>>>>>> codecs
 
 
 def main(argument):

@@ -32,7 +32,7 @@ def replayed(function, device):
     """`function` of trees of CUDA tensors, without gradient, launched as one graph per set of shapes.
 
     The graph reads the weights where they are, so they may change in place, but not be replaced. What has other leaves
-    than tensors and None (a history that is compressed as the chunk is made), and all on a CPU, is called as it is.
+    than tensors, None and yes or no (a history that is compressed as the chunk is made), and all on a CPU, is called as it is.
     """
     if torch.device(device).type == "cpu":
         return function
@@ -41,10 +41,10 @@ def replayed(function, device):
     @torch.no_grad()
     def replay(*args):
         leaves = flatten(args)
-        given = {path: leaf for path, leaf in leaves.items() if leaf is not None}
-        if not all(isinstance(leaf, torch.Tensor) for leaf in given.values()):
+        given = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, torch.Tensor)}
+        if not all(isinstance(leaf, torch.Tensor | bool | None) for leaf in leaves.values()):
             return function(*args)
-        key = tuple((path, leaf.shape) for path, leaf in given.items())
+        key = tuple((path, given[path].shape if path in given else leaf) for path, leaf in leaves.items())
         if key not in graphs:
             held, graph, side = cloned(args), torch.cuda.CUDAGraph(), torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())

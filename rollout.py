@@ -33,11 +33,7 @@ def velocity_of(model):
 
     def velocity(x, sigma, condition):
         frames = None
-<<<<<<< HEAD
-        if not condition.begins and model.spec.stride[0] > 1:        # only a video's first latent frame is one pixel frame
-=======
         if not condition.begins and model.spec.stride[0] > 1:   # only a video's first is one pixel frame
->>>>>>> codecs
             frames = torch.arange(1, x.shape[2] + 1, device=device)
         with autocast(device):
             if condition.past is not None and condition.past.reusable(model.compress.settings):
@@ -162,14 +158,9 @@ class WorldModel:
         labels = torch.zeros(count, dtype=torch.long) if actions is None else check_actions(actions)
         if len(labels) != count:
             raise ValueError(f"{count} start frames need {count} labels, got {len(labels)}")
-<<<<<<< HEAD
         self.random, self.text, self.actions = generator(seed, "play"), text, labels[None]
         self.history = History(latents, self.spec.window - self.spec.chunk, self.model, store="cpu")
         self.stream = {}                            # the codec's state
-=======
-        self.random, self.text, self.latents, self.actions = generator(seed, "play"), text, latents, labels[None]
-        self.begins, self.stream = True, {}         # is the video's first frame still there; the codec's state
->>>>>>> codecs
         return self.step([0] * self.spec.chunk) if first is None else self.codec.decode(latents, self.stream)[0]
 
     @torch.no_grad()
@@ -179,7 +170,6 @@ class WorldModel:
         if not actions.shape[1]:
             raise ValueError("step needs at least one action")
         self.actions = torch.cat([self.actions, actions], 1)
-<<<<<<< HEAD
         frames = self.history.n + actions.shape[1]
         cameras = self.codec.cameras(self.actions) if self.sees or self.history.by_view else ()     # past all walls
         offset = frames - self.actions.shape[1]                 # frames whose labels are forgotten
@@ -193,33 +183,12 @@ class WorldModel:
     def state(self):
         """All that the future depends on. Steps replace these tensors and never write into them: no copy is needed."""
         return {"history": self.history.copy(), "actions": self.actions, "text": self.text,
-=======
-        past, frames = self.latents.shape[2], self.latents.shape[2] + actions.shape[1]
-        cameras = self.codec.cameras(self.actions) if self.sees else ()                 # of one whom no wall stops
-        condition = Condition(self.text, Control(self.actions.to(self.device), *cameras), self.begins)
-        self.latents = rollout(self.velocity, condition, self.latents, frames, self.sigmas, self.spec.chunk,
-                               self.spec.window, self.noise, self.sampler)
-        fresh = self.codec.decode(self.latents[:, :, past:], self.stream)[0]
-        keep = self.spec.window                                 # nothing older is ever looked at again
-        self.begins = self.begins and frames <= keep
-        self.latents, self.actions = self.latents[:, :, -keep:], self.actions[:, -keep:]
-        return fresh
-
-    def state(self):
-        """All that the future depends on. Steps replace these tensors and never write into them: no copy is needed."""
-        return {"latents": self.latents, "actions": self.actions, "text": self.text, "begins": self.begins,
->>>>>>> codecs
                 "stream": dict(self.stream), "random": self.random.get_state()}
 
     def restore(self, state):
         """Go on from a `state()` of this world model, or of another of the same backbone: its teacher, more steps."""
-<<<<<<< HEAD
         self.history, self.actions, self.text = state["history"].copy(self.model), state["actions"], state["text"]
         self.stream = dict(state["stream"])
-=======
-        self.latents, self.actions, self.text = state["latents"], state["actions"], state["text"]
-        self.begins, self.stream = state["begins"], dict(state["stream"])
->>>>>>> codecs
         self.random = torch.Generator()
         self.random.set_state(state["random"])
 

@@ -21,7 +21,7 @@ import plan
 import tally
 import train_stage1 as one
 import train_stage2 as two
-from parallel import checkpoint_blocks
+from parallel import Layout, checkpoint_blocks
 from tally import Job, seconds, stage1_calls, stage2_calls, work
 
 CPU, ROOT = torch.device("cpu"), Path(common.__file__).parent

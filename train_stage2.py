@@ -23,11 +23,12 @@ from parallel import checkpoint_blocks, compile_blocks
 from data import RandomStream, WorldStream
 from dmd import Clip, Discriminator, Head, Networks, Recipe, critic_gradients, student_gradients
 from encode import codec
-from evaluate import load_probe, samplers_of
+from evaluate import samplers_of
 from flow import schedule
 from health import Health, averaged, compare, critic_by_sigma, curves, figures, final_table, side_by_side
 from lora import Adapters
 from model import PRESETS, build_on, load
+from probe import load_probe
 from weights import save
 from rollout import draw_plan, self_rollout, velocity_of
 

@@ -3,6 +3,7 @@
 Reading goes through the headers first and then tensor by tensor from the mapped file: nothing is held twice.
 """
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -52,6 +53,12 @@ def weight_files(source, spec):
         raise OSError(f"{folder} has {len(files)} safetensors files and {len(index)} indices, not {spec.file} of "
                       f"{spec.name}; give the file itself")
     return files
+
+
+def sha256(file):
+    """The checksum that names a file's content in everything made with it."""
+    with open(file, "rb") as reader:
+        return hashlib.file_digest(reader, "sha256").hexdigest()
 
 
 def headers(files, spec, official):

@@ -9,12 +9,11 @@ better and what it costs more is measured against this (train_causal.py, evaluat
 from functools import partial
 
 import torch
-from einops import rearrange
 
 from common import autocast
 from control import Condition, Control
 from flow import add_noise, draw_sigma, flow_loss
-from model import attention, rotate, split
+from model import attention
 from rollout import few_step
 
 
@@ -50,19 +49,17 @@ class Causal:
                              f"label; {model.spec.name} has {kinds}")
         self.model, self.spec, self.device = model, model.spec, next(model.parameters()).device
         self.reset(self.spec.window - self.spec.chunk)
-        for i, block in enumerate(model.blocks):
-            block.self_attn.forward = partial(self.attend, block.self_attn, i)
+        for i, block in enumerate(model.blocks):            # its first part that calls attention is self-attention
+            next(part for part in block.modules() if hasattr(part, "attend")).attend = partial(self.attend, i)
 
-    def attend(self, layer, i, x, rope, branch=None):                                   # x [B, N, D]
-        q, k, v = layer.norm_q(layer.q(x)), layer.norm_k(layer.k(x)), layer.v(x)
-        q, k, v = (split(y, layer.heads) for y in (q, k, v))                            # [B, heads, N, d]
-        q, k = (rotate(y, rope).to(v.dtype) for y in (q, k))
+    def attend(self, i, q, k, v, mask=None):                # [B, heads, N, d], positions turned
+        """What block i calls instead of attention: new tokens also see those remembered."""
         if self.cache[i] is not None:
-            k, v = torch.cat([self.cache[i][0], k], 2), torch.cat([self.cache[i][1], v], 2)
+            k, v = (torch.cat(pair, 2) for pair in zip(self.cache[i], (k, v)))
         if self.writing:
-            keep = self.past * (x.shape[1] // self.writing)                             # tokens of `past` frames
+            keep = self.past * (q.shape[2] // self.writing)                             # tokens of `past` frames
             self.cache[i] = k[:, :, -keep:], v[:, :, -keep:]
-        return layer.o(rearrange(attention(q, k, v, self.mask), "b h n d -> b n (h d)"))
+        return attention(q, k, v, self.mask)
 
     def run(self, x, sigma, condition, frames):
         with autocast(self.device):

@@ -219,11 +219,19 @@ def rows_of(cfg, device):
     return rows, [*files, *paths]
 
 
-def write(report, out):
-    """`out` with the figures, beside it a markdown table of their means over seeds and pictures."""
-    Path(out).write_text(json.dumps(report, indent=1) + "\n")
-    stamp = json.dumps({key: value for key, value in report.items() if key != "seeds"})
-    means = over_seeds(report["seeds"])
+def known(report, out):
+    """The seeds that `out` already has, if the same command, code and weights made it: an evaluation goes on."""
+    text = Path(out).read_text() if out and Path(out).exists() else ""
+    old = json.loads(text) if text else {}
+    done = old.pop("seeds", [])
+    return done if old == {key: json.loads(json.dumps(value)) for key, value in report.items()} else []
+
+
+def write(report, seeds, out):
+    """`out` with the figures of `seeds`, beside it a markdown table of their means and pictures; all tell `report`."""
+    partial, stamp, means = Path(f"{out}.partial"), json.dumps(report), over_seeds(seeds)
+    partial.write_text(json.dumps({**report, "seeds": seeds}, indent=1) + "\n")
+    partial.rename(out)
     names = dict.fromkeys(name for row in means.values() for name in row)
     turned = {name: {row: figures[name] for row, figures in means.items() if name in figures} for name in names}
     Path(out).with_suffix(".md").write_text(f"<!-- {stamp} -->\n\n{table(turned, [*means], 'figure')}\n")
@@ -239,14 +247,16 @@ def main(cfg):
         if cfg.out:
             Path(cfg.out).touch()
         rows, files = rows_of(cfg, device)
-    report = {"settings": vars(cfg), **provenance(), "weights": {str(f): sha256(f) for f in files}, "seeds": []}
-    for seed in range(cfg.seed, cfg.seed + cfg.seeds):
-        results, _, _ = evaluate(rows, cfg.clips, seed, device, seconds=cfg.seconds, revisit=cfg.revisit,
-                                 dreams=cfg.dreams, references=cfg.references)
-        report["seeds"].append(results)
-        print(f"\nseed {seed}, {cfg.clips} held-out sequences\n{table(results, COLUMNS)}")
-        if cfg.out:
-            write(report, cfg.out)
+    report = {"settings": vars(cfg), **provenance(), "weights": {str(f): sha256(f) for f in files}}
+    seeds = known(report, cfg.out)
+    for i, seed in enumerate(range(cfg.seed, cfg.seed + cfg.seeds)):
+        if i == len(seeds):
+            results, _, _ = evaluate(rows, cfg.clips, seed, device, seconds=cfg.seconds, revisit=cfg.revisit,
+                                     dreams=cfg.dreams, references=cfg.references)
+            seeds.append(results)
+            if cfg.out:
+                write(report, seeds, cfg.out)
+        print(f"\nseed {seed}, {cfg.clips} held-out sequences\n{table(seeds[i], COLUMNS)}")
 
 
 if __name__ == "__main__":

@@ -225,6 +225,8 @@ class Backbone(nn.Module):
 class Attention(nn.Module):
     """Attention of `x` to `context`, or to itself with rotary positions; bidirectional, without masks."""
 
+    attend = staticmethod(attention)                    # a pass may replace it in a finished model: causal.py
+
     def __init__(self, dim, heads, eps):
         super().__init__()
         self.heads = heads
@@ -234,10 +236,10 @@ class Attention(nn.Module):
     def forward(self, x, context=None, rope=None, sentences=None, branch=None):         # [B, N, D], [B, S, D]
         keys = lambda context: (split(self.norm_k(self.k(context)), self.heads), split(self.v(context), self.heads))
         q, (k, v) = split(self.norm_q(self.q(x)), self.heads), keys(x if context is None else context)
-        added = 0.0 if branch is None else inject.prope(q, k, v, branch, attention)     # [B, N, D]
+        added = 0.0 if branch is None else inject.prope(q, k, v, branch, self.attend)   # [B, N, D]
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        y = inject.hear(q.to(v.dtype), k.to(v.dtype), v, sentences, keys, attention)    # [B, heads, N, d]
+        y = inject.hear(q.to(v.dtype), k.to(v.dtype), v, sentences, keys, self.attend)  # [B, heads, N, d]
         return self.o(rearrange(y, "b h n d -> b n (h d)")) + added
 
 

@@ -132,7 +132,7 @@ def assess(sampler, coder, trips, truth, coded, probe, seed, piece, revisit, dre
     video = dream(sampler, coder, trips, truth, seed, piece)
     ms = latency(sampler, coder, trips, truth)
     figures = {**measure(video, coded, trips, probe), "ms a chunk": [ms] * 3, "ms a frame": [ms / CHUNK] * 3,
-               "still": still(sampler, coder, min(len(video), 64), seed)}
+               "still": still(sampler, coder, max(2, len(video) // 4), seed)}
     if video.shape[1] - START > TEN:
         figures |= {f"{name} {when}": row for when, rows in drift(video, coded, trips, probe).items()
                     for name, row in rows.items() if name in plots.DRIFT}

@@ -224,8 +224,8 @@ def blocks():
 def fill(text):
     """`text` with the blocks between their markers, <!-- NAME --> and <!-- end -->, as the JSON has them now."""
     for name, block in blocks().items():
-        marked = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", re.S)
-        text = marked.sub(lambda m, block=block: m[1] + block + m[2], text)
+        marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.S)
+        text = marked.sub(lambda m, block=block: f"{m[1]}{block}\n{m[2]}", text)
     return text
 
 

@@ -42,8 +42,9 @@ def trip(text, blocked=(), N=3):
 
 
 def grey(levels):
-    """Video [3, T, 16, 16, 3] of uniform grey levels [T]."""
-    return torch.tensor(levels)[None, :, None, None, None].expand(3, -1, 16, 16, 3).to(torch.uint8)
+    """Video [3, T, 16, 16, 3] of a coloured pattern that brightens by `levels` [T]."""
+    pattern = torch.randint(99, (16, 16, 3), generator=torch.Generator().manual_seed(0))
+    return (torch.tensor(levels)[None, :, None, None, None] + pattern).expand(3, -1, -1, -1, -1).to(torch.uint8)
 
 
 def test_psnr_of_a_known_error():
@@ -114,7 +115,8 @@ def test_travel_is_the_worlds_own_motion():
     end = m.travel(trips.actions[free, 1:], trips.states[free, 0])
     off = end - trips.states[free, -1]
     off[:, 2] = (off[:, 2] + 180) % 360 - 180
-    assert free.sum() > 5 and off.abs().max() < 1e-9
+    exact = off.abs().amax(1) < 1e-9                                                    # but where a wall was brushed
+    assert exact.sum() > 5 and exact.double().mean() > 0.8 and off.abs().max() < world.STEP
 
 
 def test_motion_seam_and_likeness_of_a_known_clip():
@@ -161,7 +163,8 @@ def test_each_ten_seconds_is_measured_by_itself(monkeypatch):
 def test_revisits_are_earlier_frames_of_the_same_pose():
     trips = trip("right-8, left-8")
     back = m.revisits(trips.states)[0]
-    assert back.tolist()[S + 12:] == [S + 2, S + 1, S, 0] and (back[:S + 11] == -1).all()      # a second apart or more
+    assert back.tolist()[S + 12:] == [S + 2, S + 1, S, 0]
+    assert (back[:S + 11] == -1).all()                                                  # a second apart or more
     turned = trip("right-48")
     turned.states[..., 2] = (turned.states[..., 2] + 180 + 180) % 360 - 180             # across the seam of the circle
     assert m.revisits(turned.states)[0, -1] == 0 and (m.revisits(turned.states)[0, S:-1] == -1).all()
@@ -182,12 +185,12 @@ def test_consistency_tells_memory_from_truth():
     lost = truth.clone()
     lost[:, S + 12:] = truth[:, S + 7:S + 8]                                            # returns to the far end
     lost = {k: v[0] for k, v in m.consistency(lost, truth, states).items()}
-    assert lost["recognised"] < 50 and lost["psnr to itself"] < 25
+    assert lost["recognised"] < 50 and lost["psnr to itself"] < 35
 
 
 def test_diversity_is_the_spread_over_seeds_of_what_the_start_does_not_show():
-    """A turn by 60 degrees: rays beyond -20.2 degrees from the middle, 72 % of the columns, are past the old view; those
-    beyond 9.8 degrees, 40 %, are past that of a start frame which had turned by 30 as well."""
+    """A turn by 60 degrees: rays beyond -20.2 degrees from the middle, 72 % of the columns, are past the old view;
+    those beyond 9.8 degrees, 40 %, are past that of a start frame which had turned by 30 as well."""
     yaw = torch.full((3, 8), -130.0)
     yaw[:, :4] = 170.0                                                                  # across the seam of the circle
     assert m.unseen(yaw, 1000)[0, 4].float().mean() == pytest.approx(0.5 + 0.6 * 0.368, abs=0.002)

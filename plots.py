@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -21,7 +22,11 @@ UNITS = {"psnr": "PSNR to the truth, dB", "ssim": "SSIM to the truth", "frechet"
 
 
 def axes(count, width=4.4):
-    return plt.subplots(1, count, figsize=(width * count, 3.6), squeeze=False, layout="constrained")
+    """A figure and its axes, at most three beside each other: it stays legible at the width of a page."""
+    rows, columns = math.ceil(count / 3), min(count, 3)
+    size = width * columns, 3 * rows + 0.6
+    figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    return figure, [*grid.flat]
 
 
 def curves(axis, results, pattern, unit, label):
@@ -38,25 +43,25 @@ def curves(axis, results, pattern, unit, label):
 
 def horizon(results):
     """Likeness to the truth by seconds since the start."""
-    figure, (row,) = axes(2)
+    figure, row = axes(2)
     for axis, name in zip(row, ("psnr", "ssim")):
         curves(axis, results, rf"{name} ([\d.]+)s", UNITS[name], "seconds since the last real frame")
         axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter("{x:g}")
+        axis.set_xticks([0.5, 1, 2, 4, 10, 20, 60], ["0.5", 1, 2, 4, 10, 20, 60])
     return figure, row
 
 
 def turns(results):
     """Control and pose error of the first command after the start, the second, ..."""
-    figure, (row,) = axes(3)
+    figure, row = axes(3)
     for axis, name in zip(row, ("both", "cells off", "degrees off")):
-        curves(axis, results, rf"{name} turn (\d+)", UNITS[name], "command since the start")
+        curves(axis, results, rf"{name} turn (\d+)", UNITS[name], "command since the start (the last: and later)")
     return figure, row
 
 
 def ten_seconds(results):
     """Drift: each ten seconds against the same ten of the real world."""
-    figure, (row,) = axes(len(DRIFT), 3.4)
+    figure, row = axes(len(DRIFT))
     for axis, name in zip(row, DRIFT):
         curves(axis, results, rf"{name} (\d+)-\d+ s", UNITS[name], "seconds, beginning of ten")
     return figure, row
@@ -64,7 +69,7 @@ def ten_seconds(results):
 
 def bars(results, groups, units):
     """Grouped bars with intervals; `groups` are lists of (label, figure), one axis each."""
-    figure, (row,) = axes(len(groups), 6.4)
+    figure, row = axes(len(groups), 6.4)
     for axis, group, unit in zip(row, groups, units):
         shown = {name: [f[key] for _, key in group] for name, f in results.items() if all(key in f for _, key in group)}
         for i, (name, figures) in enumerate(shown.items()):

@@ -28,19 +28,19 @@ LONG = "--seconds 60 --clips 64 --revisit 64 --dreams 4 --out {run}/figures.json
 STUDENT = f"evaluate.py --no-references --student {{run}}/stage2/student.safetensors {LONG} 3"
 STAGE1 = ("train_stage1.py --steps 9000 --batch 256 --pool 4096 --refresh 4000 --save_every 1000 --log_every 50 "
           "--warmup 1000 --ema 0.9995 --compile --cuda_graphs --out {run}/stage1")
-STAGE2 = "train_stage2.py --steps 60 --batch 4 --pool 64 --frames 12 --preview 0 --out {run}/stage2"
+STAGE2 = "train_stage2.py --pool 64 --frames 12 --preview 0 --out {run}/stage2"
 CAUSAL = "train_causal.py --steps 60 --batch 4 --pool 256 --frames 12 --forcing_batch 64 --out {run}/causal"
 
 
-def distilled(flags="", more=""):
+def distilled(flags="", more="", steps=60, batch=4):
     """The shipped teacher distilled by stage 2 with `flags`; `more` are flags of the evaluation."""
-    return f"{STAGE2} {flags}", f"{STUDENT} {more}"
+    return f"{STAGE2} --steps {steps} --batch {batch} {flags}", f"{STUDENT} {more}"
 
 
 def both(first, second="", backbone=""):
     """Both stages from random weights, and all rows of the comparison."""
     new = " --teacher {run}/stage1/teacher.safetensors"
-    return (f"{STAGE1} {first}{backbone}", f"{STAGE2} {second}{new}{backbone}",
+    return (f"{STAGE1} {first}{backbone}", f"{STAGE2} --steps 60 --batch 4 {second}{new}{backbone}",
             f"evaluate.py --student {{run}}/stage2/student.safetensors{new}{backbone} {LONG} 1")
 
 
@@ -63,8 +63,8 @@ RECIPES = {
     "nvfp4-after": distilled("", "--quant nvfp4"), "nvfp4": distilled("--quant nvfp4", "--quant nvfp4"),
     "fp8-after": distilled("", "--quant fp8"), "fp8": distilled("--quant fp8", "--quant fp8"),
     "lora-8": distilled("--tune lora --rank 8"), "lora-32": distilled("--tune lora --rank 32"),
-    **{f"updates-{n}": distilled(f"--steps {n}") for n in (15, 30, 120, 240)},
-    **{f"batch-{n}": distilled(f"--batch {n}") for n in (1, 16, 64)},
+    **{f"updates-{n}": distilled(steps=n) for n in (15, 30, 120, 240)},
+    **{f"batch-{n}": distilled(batch=n) for n in (1, 16, 64)},
     "tiny": both(""), "small": both("", "--lr 2e-5 --critic_lr 4e-5", " --backbone small")}
 
 LOOKS = ("both 1s", "frechet", "sharpness", "motion", "psnr 1s", "seam")

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import causal
+import checkpoint
 import common
+import evaluate
 import train_causal
 from causal import Causal, blocks, forcing_mask
 from control import Condition, Control
@@ -128,8 +130,9 @@ def test_it_refuses_what_it_cannot_cache():
 
 
 def test_its_command_trains_resumes_and_can_be_evaluated(tmp_path, monkeypatch):
-    import checkpoint
-    import evaluate
+    small = lambda *a: build("tiny", dim=24, heads=2, ffn=32, layers=1)
+    for module in (train_causal, evaluate):
+        monkeypatch.setattr(module, "load", small)
     flags = ("--forcing 1 --steps 1 --critic_warmup 0 --forcing_batch 2 --batch 1 --pool 4 --critic_steps 1 --frames 8 "
              "--save_every 1 --log_every 1 --out").split() + [str(tmp_path)]
     log = checkpoint.Run.log

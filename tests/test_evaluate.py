@@ -133,3 +133,18 @@ def test_a_still_world_is_compared_with_its_reconstruction(small):
     assert ev.still(sampler, codec("tiny"), 2, 0)[0] < 40                               # an untrained one cannot copy
     assert ev.latency(sampler, codec("tiny"), (trips := ev.held_out(1, 0, 8)), trips.video()) > 0
     assert world.FPS == metrics.SECOND
+
+
+def test_every_sampler_is_in_the_legend_and_every_axis_has_a_unit(monkeypatch, tmp_path):
+    """Also where one of them lacks a figure: it keeps its colour in all pictures."""
+    rows = {name: {f"{kind} {s}s": [1, 0.5, 2] for kind in ("psnr", "ssim") for s in (1, 2)} for name in ("a", "b", "c")}
+    rows["a"] = {}
+    drawn = []
+    monkeypatch.setattr(plots.plt, "close", drawn.append)
+    plots.draw(rows, tmp_path / "x", "{}")
+    figure, = drawn
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["b", "c"]
+    assert [axis.get_ylabel() for axis in figure.axes] == ["PSNR to the truth, dB", "SSIM to the truth"]
+    assert all("seconds" in axis.get_xlabel() and axis.lines[0].get_color() == "C1" for axis in figure.axes)
+    monkeypatch.undo()
+    plots.plt.close(figure)

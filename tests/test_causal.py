@@ -130,7 +130,12 @@ def test_it_refuses_what_it_cannot_cache():
 
 
 def test_its_command_trains_resumes_and_can_be_evaluated(tmp_path, monkeypatch):
-    small = lambda *a: build("tiny", dim=24, heads=2, ffn=32, layers=1)
+    def small(*a):
+        torch.manual_seed(0)
+        model = build("tiny", dim=24, heads=2, ffn=32, layers=1)
+        for p in model.parameters():
+            p.data.normal_(std=0.1)
+        return model
     for module in (train_causal, evaluate):
         monkeypatch.setattr(module, "load", small)
     flags = ("--forcing 1 --steps 1 --critic_warmup 0 --forcing_batch 2 --batch 1 --pool 4 --critic_steps 1 --frames 8 "

@@ -45,7 +45,7 @@ class Causal:
     def __init__(self, model):
         if model.spec.arch != "wan" or model.control is None or model.control.kinds != ["adaln"]:
             kinds = model.control and "+".join(model.control.kinds)
-            raise ValueError(f"the causal baseline is a Wan backbone with control adaln, which tells each frame its own "
+            raise ValueError("the causal baseline is a Wan backbone with control adaln, which tells each frame its own "
                              f"label; {model.spec.name} has {kinds}")
         self.model, self.spec, self.device = model, model.spec, next(model.parameters()).device
         self.reset(self.spec.window - self.spec.chunk)

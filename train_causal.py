@@ -106,7 +106,7 @@ def main(cfg):
 
     for step in run.progress(start, last, "causal"):
         reseed(cfg.seed, "causal", rank(), step)
-        shared = random.Random(derive(cfg.seed, "causal, all ranks", step))             # what every rank must draw alike
+        shared = random.Random(derive(cfg.seed, "causal, all ranks", step))             # what all ranks draw alike
         plan = draw_plan(shared, spec, cfg.frames, cfg.t2v, cfg.i2v)
         forcing, learns = step < cfg.forcing, step >= cfg.forcing + cfg.critic_warmup
         batch = stream.batch(step, cfg.forcing_batch if forcing else cfg.batch, plan.frames)

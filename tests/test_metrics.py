@@ -89,7 +89,7 @@ def test_obedience_by_class_and_by_turn():
     rows = {k: round(v[0], 6) for k, v in m.obedience(read, trips).items()}
     assert rows["move: w"] == 0 and rows["move: w, cells off"] == world.STEP and rows["move: s"] == 100
     assert rows["turn: right"] == rows["turn: up"] == rows["turn: none"] == 100 and "turn: left" not in rows
-    assert (rows["both turn 1"], rows["both turn 2"], rows["both turn 3"]) == (0, 100, 100) and "both turn 4" not in rows
+    assert [rows[f"both turn {k}"] for k in (1, 2, 3)] == [0, 100, 100] and "both turn 4" not in rows
     assert rows["translation all"] == pytest.approx(500 / 9) and rows["translation with blocked"] == 50
     assert rows["rotation all"] == 100 and rows["rotation with blocked"] == 90 and rows["both 1s"] == 50
     assert rows["degrees off with blocked"] == pytest.approx(world.ANGLE / 10) and rows["degrees off all"] == 0

@@ -22,10 +22,12 @@ LATER = {"--history", "--attention", "--quant"}                                 
 def bench(tmp_path, monkeypatch):
     """A table of two rows whose commands are small scripts: `work` logs each start, and fails while `bad` exists."""
     work, judge = tmp_path / "work.py", tmp_path / "judge.py"
-    work.write_text(f"import sys, pathlib\nwith open({str(tmp_path / 'log')!r}, 'a') as f: f.write(' '.join(sys.argv[1:]) + '\\n')\n"
+    work.write_text(f"import sys, pathlib\nwith open({str(tmp_path / 'log')!r}, 'a') as f:\n"
+                    f"    f.write(' '.join(sys.argv[1:]) + '\\n')\n"
                     f"sys.exit(pathlib.Path({str(tmp_path / 'bad')!r}).exists() and 'two' in sys.argv[1])\n")
-    judge.write_text("import sys, json, pathlib\npathlib.Path(sys.argv[1], 'figures.json').write_text(json.dumps({'commit': 'c', "
-                     "'device': 'd', 'weights': {}, 'seeds': [{'student': {'frechet': [0.123456789, 0.1, 0.2]}}]}))\n")
+    figures = {"commit": "c", "device": "d", "weights": {}, "seeds": [{"student": {"frechet": [0.123456789, 0.1, 0.2]}}]}
+    judge.write_text("import sys, pathlib\n"
+                     f"pathlib.Path(sys.argv[1], 'figures.json').write_text({json.dumps(figures)!r})\n")
     recipes = {name: (f"{work} {{run}} --steps 60", f"{judge} {{run}}") for name in ("one", "two")}
     monkeypatch.setattr(reproduce, "RECIPES", recipes)
     monkeypatch.setattr(reproduce, "TABLES", {"1": ("Title", ("frechet", "motion"), {"first": "one", "second": "two"})})
@@ -56,7 +58,7 @@ def test_rows_are_skipped_once_finished_and_go_on_when_interrupted(bench, capfd)
     assert spent["code"] == 0 and spent["seconds"] > 0.01                               # both attempts
     go(folder)
     assert len(started()) == 3 and "skipped" in capfd.readouterr().out
-    (folder / "results" / "two.json").unlink()                                          # the ledger knows: only written again
+    (folder / "results" / "two.json").unlink()                                          # the ledger knows all else
     go(folder, "--row", "two")
     assert len(started()) == 3 and (folder / "results" / "two.json").exists()
 
@@ -81,8 +83,9 @@ def test_several_training_seeds_become_one_row(bench):
         report["seeds"][0]["student"]["frechet"] = [value, value - 0.1, value + 0.1]
         file.write_text(json.dumps(report))
     text = reproduce.table_of("1", reproduce.results())
-    assert "| first, 3 training seeds | 3 ±2.5 |" in text and "Not run: second (`python reproduce.py 1 --row two`)." in text
-    assert "motion" not in text and "commit c" in text                                  # columns that nobody has are left out
+    assert "| first, 3 training seeds | 3 ±2.5 |" in text and "commit c" in text
+    assert "Not run: second (`python reproduce.py 1 --row two`)." in text
+    assert "motion" not in text                                                         # a column that nobody has
 
 
 def test_report_fills_what_stands_between_markers(bench, monkeypatch):
@@ -91,7 +94,8 @@ def test_report_fills_what_stands_between_markers(bench, monkeypatch):
     monkeypatch.setattr(reproduce, "blocks", lambda: {"table 1": reproduce.table_of("1", reproduce.results())})
     text = reproduce.fill("before\n<!-- table 1 -->\nold\n<!-- end -->\nbetween\n<!-- other -->\nkept\n<!-- end -->\n")
     assert text.startswith("before\n<!-- table 1 -->\n**Table 1. Title**") and "old" not in text
-    assert text.endswith("<!-- end -->\nbetween\n<!-- other -->\nkept\n<!-- end -->\n") and "| first | 0.123 ±0.05 |" in text
+    assert text.endswith("<!-- end -->\nbetween\n<!-- other -->\nkept\n<!-- end -->\n")
+    assert "| first | 0.123 ±0.05 |" in text
     assert reproduce.fill(text) == text
 
 

@@ -31,7 +31,7 @@ from data import Trips
 from encode import codec
 from flow import schedule
 from metrics import (CHUNK, CONTROL, SECOND, START, TEN, bootstrap, consistency, drift, measure, over_seeds, psnr,
-                     spread, table)
+                     spread, table, travel)
 from model import load
 from probe import FILE, load_probe, train_probe
 from rollout import few_step, guided, ode, rollout, velocity_of
@@ -39,8 +39,8 @@ from weights import ASSETS, default_source, sha256, weight_files
 
 HORIZON = 4 * SECOND                            # frames generated after the start, unless more are asked for
 QUICK = {"clips": 16, "seconds": 1, "revisit": 0, "dreams": 0, "seeds": 1}
-WALKS = {"away and back": "right-8, left-8", "full turn": "right-48",
-         "loop": "w-3, right-12, w-3, right-12, w-3, right-12, w-3, right-12"}
+WALKS = {"away and back": "right-8, left-8", "full turn": "right-52",
+         "loop": "w-3, right-12, w-3, right-12, w-3, right-12, w-3, right-12, w-3"}
 CANDIDATES = 200                                # starts tried for each walk that must meet no wall
 
 
@@ -69,7 +69,8 @@ def returning(walk, clips, seed):
     maps = torch.arange(CANDIDATES * clips) % len(world.MAPS)
     start, asked = world.spawn(maps, g), labels.expand(len(maps), -1)
     states, happened, blocked = world.walk(maps, start, asked)
-    free = (~blocked.any(1)).nonzero()[:clips, 0]
+    brushed = (travel(asked[:, 1:], start) - states[:, -1])[:, :2].abs().amax(1) > 1e-6     # a wall, but hardly
+    free = (~blocked.any(1) & ~brushed).nonzero()[:clips, 0]
     if len(free) < clips:
         raise ValueError(f"only {len(free)} of {len(maps)} places leave room for the walk '{walk}', not {clips}")
     return Trips(*(x[free] for x in (maps, states, happened, blocked, asked)))

@@ -153,7 +153,7 @@ def evaluate(samplers, clips, seed, device, piece=128, seconds=HORIZON // SECOND
     coded, results, videos = coder.decode(coder.encode(truth)), {}, {"truth": truth}
     if references:
         ceiling = measure(coded, coded, trips, probe)
-        results["real video"] = {k: v for k, v in ceiling.items() if k.startswith(CONTROL)}
+        results["real video"] = {k: v for k, v in ceiling.items() if k.startswith((*CONTROL, "move: ", "turn: "))}
         copy = coded[:, [*range(START)] + [START - 1] * (truth.shape[1] - START)]
         results["copy the last frame"] = measure(copy, coded, trips, probe)
     for sampler in samplers:

@@ -25,7 +25,8 @@ def bench(tmp_path, monkeypatch):
     work.write_text(f"import sys, pathlib\nwith open({str(tmp_path / 'log')!r}, 'a') as f:\n"
                     f"    f.write(' '.join(sys.argv[1:]) + '\\n')\n"
                     f"sys.exit(pathlib.Path({str(tmp_path / 'bad')!r}).exists() and 'two' in sys.argv[1])\n")
-    figures = {"commit": "c", "device": "d", "weights": {}, "seeds": [{"student": {"frechet": [0.123456789, 0.1, 0.2]}}]}
+    made = {"commit": "c", "device": "d", "weights": {}}
+    figures = {**made, "seeds": [{"student": {"frechet": [0.123456789, 0.1, 0.2]}}]}
     judge.write_text("import sys, pathlib\n"
                      f"pathlib.Path(sys.argv[1], 'figures.json').write_text({json.dumps(figures)!r})\n")
     recipes = {name: (f"{work} {{run}} --steps 60", f"{judge} {{run}}") for name in ("one", "two")}

@@ -40,6 +40,10 @@ class Trips:
         """Trajectories start..stop-1."""
         return Trips(*(x[start:stop] for x in vars(self).values()))
 
+    def frames(self, start, stop):
+        """Frames start..stop-1 of all trajectories."""
+        return Trips(self.maps, *(x[:, start:stop] for x in list(vars(self).values())[1:]))
+
     def control(self, device="cpu"):
         """What happened: labels and exact cameras of every frame."""
         c2w = relative(world.pose(self.states.to(device)))                              # [N, T, 4, 4]

@@ -1,105 +1,49 @@
-"""Quality against the exact world: does the dream obey the keys, look like the world, and follow the truth?
+"""Quality against the exact world: does the dream obey the keys, look like the world, follow the truth, remember it?
 
-Truth is the re-rendered future, seen through the codec as everything the networks see and make.
-An inverse-dynamics probe, trained on real frames, reads motion out of generated ones. Intervals are 95 % bootstrap.
+Truth is the re-rendered future, seen through the codec as everything the networks see and make. The figures are those
+of metrics.py, means over held-out trajectories with 95 % bootstrap intervals.
 
+    python evaluate.py --quick                                            # the shipped weights, two CPU cores, minutes
     python evaluate.py --student runs/stage2/student.safetensors          # teacher 50 and 4 steps, student 4 steps
+    python evaluate.py --seconds 60 --clips 64 --revisit 64 --dreams 4 --seeds 3 --out results/x.json    # everything
     python evaluate.py --train_probe 12000                                # makes assets/probe.safetensors
+
+With --out x.json it also writes x.md, the tables, and x-*.png, the pictures of plots.py; all say what made them.
 """
 
 import json
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
+import causal
+import plots
 import qat
 import world
-from common import autocast, generator, one_line_errors, parse, provenance, rank, require_positive, reseed, setup
-from control import Condition
+from common import generator, one_line_errors, parse, provenance, rank, require_positive, setup
+from control import Condition, parse_actions
 from data import Trips
 from encode import codec
 from flow import schedule
-from model import PRESETS, load
-from weights import ASSETS
-from rollout import few_step, guided, ode, rollout, velocity_of
+from metrics import (CHUNK, CONTROL, SECOND, START, TEN, bootstrap, consistency, drift, measure, over_seeds, psnr,
+                     spread, table, travel)
+from model import load
+from probe import FILE, load_probe, train_probe
+from rollout import few_step, guided, launched, ode, rollout, velocity_of
+from weights import ASSETS, default_source, sha256, weight_files
 
-CONTROL = ("translation", "rotation", "both")
-CHUNK, SECOND = PRESETS["tiny"].chunk, world.FPS
-START, HORIZON = CHUNK, 32                      # real frames a sequence begins with, frames generated after them
-
-
-# ---- The probe -------------------------------------------------------------------------------------------------------
-
-def convolution(channels, out, stride):
-    return nn.Conv2d(channels, out, 3, stride, 1), nn.GroupNorm(8, out), nn.GELU()
-
-
-class Probe(nn.Module):
-    """Inverse dynamics: two successive frames -> logits of the translation (9) and the rotation (9) between them."""
-
-    def __init__(self):
-        super().__init__()
-        self.early = nn.Sequential(nn.Conv2d(9, 48, 5, 2, 2), nn.GELU(), *convolution(48, 64, 2))
-        later = (c for width, stride in ((64, 2), (128, 1), (128, 1), (128, 1), (128, 2))
-                 for c in convolution(width, 128, stride))
-        self.late = nn.Sequential(*later, nn.Flatten(), nn.Linear(128 * 24, 256), nn.GELU())
-        self.head = nn.Linear(256, 18)
-
-    def forward(self, video):
-        """uint8 [B, T, H, W, 3] -> logits [B, T-1, 2, 9] and early features [B, T-1, 128]."""
-        x = video.permute(0, 1, 4, 2, 3).float() / 127.5 - 1                            # [B, T, 3, H, W]
-        pair = torch.cat([x[:, :-1], x[:, 1:], x[:, 1:] - x[:, :-1]], 2)                # [B, T-1, 9, H, W]
-        early = self.early(pair.flatten(0, 1))                                          # [B*(T-1), 64, H/4, W/4]
-        logits = self.head(self.late(early)).reshape(*pair.shape[:2], 2, 9)
-        features = torch.cat([early.mean((2, 3)), early.std((2, 3))], 1).reshape(*pair.shape[:2], -1)
-        return logits, features
-
-    @torch.no_grad()
-    def read(self, video, chunk=64):
-        """Predicted classes [B, T-1, 2] and features [B, T-1, 128] of a long video, in pieces."""
-        device = self.head.weight.device
-        out = [self(piece.to(device)) for piece in video.split(chunk)]
-        return torch.cat([l.argmax(-1).cpu() for l, _ in out]), torch.cat([f.double().cpu() for _, f in out])
-
-
-def train_probe(steps, path, device, batch=1024, length=8):
-    """Train on real pairs, half of them through the codec; the last weights go to `path`."""
-    reseed(0, "probe")
-    probe, coder = Probe().to(device, memory_format=torch.channels_last), codec("tiny", device)
-    optimizer = torch.optim.AdamW(probe.parameters(), weight_decay=0.01)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.05)
-    for step in tqdm(range(steps), desc="probe"):
-        if step % 500 == 0:
-            trips = Trips(*world.explore(4 * batch, length, generator(step, "probe")))
-            real = torch.cat([trips.part(i, i + 512).video(device) for i in range(0, len(trips.maps), 512)])
-            coded = torch.cat([coder.decode(coder.encode(piece)).to(device) for piece in real.split(512)])
-        pick, at = torch.randint(len(real), (batch // 2,), device=device), torch.randint(length - 2, (1,)).item()
-        with autocast(device):
-            logits, _ = probe((coded if step % 2 else real)[pick, at:at + 3])           # [B/2, 2, 2, 9]
-        truth = trips.actions.to(device)[pick, at + 1:at + 3].flatten()                 # [B]
-        move, turn = logits.float().flatten(0, 1).unbind(1)                             # each [B, 9]
-        (F.cross_entropy(move, truth // 9) + F.cross_entropy(turn, truth % 9)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        rate.step()
-    save_file({k: v.cpu().contiguous() for k, v in probe.state_dict().items()}, path)
-
-
-def load_probe(device, path=ASSETS / "probe.safetensors"):
-    probe = Probe().to(device)
-    try:
-        probe.load_state_dict(load_file(path), strict=True)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise OSError(f"{path} is not a probe ({error}); python evaluate.py --train_probe 12000 makes one") from None
-    return probe.eval()
+HORIZON = 4 * SECOND                            # frames generated after the start, unless more are asked for
+QUICK = {"clips": 16, "seconds": 1, "revisit": 0, "dreams": 0, "seeds": 1}
+WALKS = {"away and back": "right-8, left-8", "full turn": "right-52",
+         "loop": "w-3, right-12, w-3, right-12, w-3, right-12, w-3, right-12, w-3"}
+CANDIDATES = 200                                # starts tried for each walk that must meet no wall
 
 
 # ---- Sequences and samplers ------------------------------------------------------------------------------------------
@@ -111,6 +55,8 @@ class Sampler(NamedTuple):
     steps: int
     guidance: float
     ode: bool
+    rollout: Callable = rollout                 # or that of another network, with the same arguments
+    velocity: Callable = velocity_of            # of the model
 
 
 def held_out(clips, seed, horizon=HORIZON):
@@ -118,17 +64,31 @@ def held_out(clips, seed, horizon=HORIZON):
     return Trips(*world.explore(clips, START + horizon, generator(seed, "held-out")))
 
 
+def returning(walk, clips, seed):
+    """Trajectories [clips, START + T] of a walk of WALKS, from places where no wall stops it."""
+    labels = torch.cat([torch.zeros(START - 1, dtype=torch.long), parse_actions(WALKS[walk])])
+    g = generator(seed, "returning", walk)
+    maps = torch.arange(CANDIDATES * clips) % len(world.MAPS)
+    start, asked = world.spawn(maps, g), labels.expand(len(maps), -1)
+    states, happened, blocked = world.walk(maps, start, asked)
+    brushed = (travel(asked[:, 1:], start) - states[:, -1])[:, :2].abs().amax(1) > 1e-6     # a wall, but hardly
+    free = (~blocked.any(1) & ~brushed).nonzero()[:clips, 0]
+    if len(free) < clips:
+        raise ValueError(f"only {len(free)} of {len(maps)} places leave room for the walk '{walk}', not {clips}")
+    return Trips(*(x[free] for x in (maps, states, happened, blocked, asked)))
+
+
 @torch.no_grad()
 def dream(sampler, coder, trips, video, seed, piece=128):
     """`video` uint8 [N, T, H, W, 3] with the frames after the START real ones generated, `piece` sequences at once."""
     spec, captions, out = sampler.model.spec, coder.text(world.CAPTIONS), []
-    velocity = guided(velocity_of(sampler.model), sampler.guidance, coder.text([spec.negative]))
+    velocity = guided(sampler.velocity(sampler.model), sampler.guidance, coder.text([spec.negative]))
     noise = lambda shape, g=generator(seed, "dream"): torch.randn(shape, generator=g).to(coder.device)
     for i in tqdm(range(0, len(video), piece), desc=sampler.name, leave=False, disable=rank() > 0):
         maps = trips.maps[i:i + piece].to(coder.device)
         told = trips.part(i, i + piece).control(coder.device).frames(0, video.shape[1])
         condition = Condition({k: v[maps] for k, v in captions.items()}, told)
-        out.append(coder.decode(rollout(
+        out.append(coder.decode(sampler.rollout(
             velocity, condition, coder.encode(video[i:i + piece, :START]), video.shape[1],
             schedule(sampler.steps, spec.shift), spec.chunk, spec.window, noise, ode if sampler.ode else few_step,
             sampler.model)))
@@ -136,77 +96,11 @@ def dream(sampler, coder, trips, video, seed, piece=128):
 
 
 def latency(sampler, coder, trips, video, chunks=2):
-    """Milliseconds a chunk for one player, from an 8-frame history on."""
-    begin = time.perf_counter()
-    dream(sampler, coder, trips.part(0, 1), video[:1, :START + chunks * CHUNK], 0)
+    """Milliseconds a chunk for one player, from an 8-frame history on; of a second time, when all is warm."""
+    for _ in range(2):
+        begin = time.perf_counter()
+        dream(sampler, coder, trips.part(0, 1), video[:1, :START + chunks * CHUNK], 0)
     return 1000 * (time.perf_counter() - begin) / chunks
-
-
-# ---- Metrics: one number or tensor per sequence, so that intervals come from resampling sequences --------------------
-
-def psnr(a, b):
-    """[N, T] peak signal-to-noise ratio in dB of uint8 videos."""
-    return 10 * torch.log10(255 ** 2 / (a.double() - b.double()).square().mean((2, 3, 4)).clamp_min(1e-3))
-
-
-def gradient(video):
-    """[N, T] mean absolute spatial gradient: sharpness."""
-    return sum(video.float().diff(dim=axis).abs().mean((2, 3, 4)) for axis in (2, 3))
-
-
-def change(video):
-    """[N, T-1] mean absolute difference of successive frames: motion."""
-    return video.float().diff(dim=1).abs().mean((2, 3, 4))
-
-
-def frechet(a, b):
-    """Frechet distance of Gaussian fits to features [n, d] (FID, arXiv:1706.08500); only equal n compare."""
-    (ma, ca), (mb, cb) = ((x.mean(0), torch.cov(x.T)) for x in (a, b))
-    values, vectors = torch.linalg.eigh(ca)
-    root = vectors * values.clamp_min(0).sqrt() @ vectors.T                             # symmetric square root of ca
-    cross = torch.linalg.eigvalsh(root @ cb @ root).clamp_min(0).sqrt().sum()
-    return float((ma - mb).square().sum() + ca.trace() + cb.trace() - 2 * cross)
-
-
-def bootstrap(figure, count, draws=200):
-    """`figure(index)` of all `count` sequences, and 1.96 standard deviations over resampled ones: [value, low, high].
-    Percentiles would be biased for the Frechet distance, which grows when sequences repeat."""
-    g = torch.Generator().manual_seed(0)
-    values = torch.tensor([figure(torch.randint(count, (count,), generator=g)) for _ in range(draws)]).double()
-    value, half = figure(torch.arange(count)), 1.96 * float(values.std())
-    return [value, value - half, value + half]
-
-
-def measure(video, truth, trips, probe):
-    """Figures {name: [value, low, high]} of generated `video` against `truth`, both uint8 [N, START + T, H, W, 3]."""
-    N, fresh, second = len(video), video.shape[1] - START, slice(START - 1, START - 1 + SECOND)    # second: motions
-    (read, features), (_, real_features) = probe.read(video), probe.read(truth)
-    wanted, free = trips.actions[:, 1:], ~trips.blocked[:, 1:]
-    right = torch.stack([read[..., 0] == wanted // 9, read[..., 1] == wanted % 9], -1)  # [N, T-1, 2]
-
-    figures, every = {}, slice(START - 1, None)
-    for name, frames, use in (("1s", second, free), ("all", every, free), ("with blocked", every, free | True)):
-        ok, use = right[:, frames].double(), use[:, frames].double()
-        for axis, got in zip(CONTROL, (ok[..., 0], ok[..., 1], ok.prod(-1))):
-            figures[f"{axis} {name}"] = lambda i, got=got, use=use: 100 * float((got[i] * use[i]).sum() / use[i].sum())
-
-    near = slice(START - 1 + SECOND // 2, START - 1 + SECOND)                           # 0.5 to 1 s after the start
-    a, b = features[:, near], real_features[:, near]
-    figures["frechet"] = lambda i: frechet(a[i].flatten(0, 1), b[i].flatten(0, 1))
-    each = lambda f, *videos: torch.cat([f(*(part.to(probe.head.weight.device) for part in parts)).cpu()
-                                         for parts in zip(*(v.split(32) for v in videos))])    # where it is fast
-    quality, moved, true = each(psnr, video, truth), each(change, video), each(change, truth)
-    for name, x, y in (("sharpness", each(gradient, video), each(gradient, truth)), ("motion", moved, true)):
-        figures[name] = lambda i, x=x[:, -fresh:], y=y[:, -fresh:]: float(x[i].mean() / y[i].mean())
-    for seconds in (0.5, 1, 2, 4):
-        frame = START - 1 + int(seconds * SECOND)
-        if frame < video.shape[1]:
-            figures[f"psnr {seconds}s"] = lambda i, frame=frame: float(quality[i, frame].mean())
-    border = torch.arange(START - 1, video.shape[1] - 1, CHUNK)                        # into the first frame of a chunk
-    inside = torch.tensor([t for t in range(START - 1, video.shape[1] - 1) if (t - START + 1) % CHUNK])
-    figures["seam"] = lambda i: float((moved[i][:, border].mean() / true[i][:, border].mean())
-                                      / (moved[i][:, inside].mean() / true[i][:, inside].mean()))
-    return {name: bootstrap(figure, N) for name, figure in figures.items()}
 
 
 def still(sampler, coder, clips, seed):
@@ -218,34 +112,62 @@ def still(sampler, coder, clips, seed):
     return bootstrap(lambda i: float(quality[i].mean()), clips)
 
 
-def evaluate(samplers, clips, seed, device, piece=128):
+def memory(sampler, coder, clips, seed):
+    """{"walk: figure": ...}: does the dream see again what it saw, on walks that come back?"""
+    figures = {}
+    for walk in WALKS:
+        trips = returning(walk, clips, seed)
+        truth = trips.video(coder.device).cpu()
+        made = dream(sampler, coder, trips, truth, seed)
+        found = consistency(made, coder.decode(coder.encode(truth)), trips.states)
+        figures |= {f"{walk}: {name}": row for name, row in found.items()}
+    return figures
+
+
+def diversity(sampler, coder, trips, truth, seeds, first):
+    """Standard deviation over `seeds` dreams, from seed `first` on, of what the start does not show."""
+    dreams = torch.stack([dream(sampler, coder, trips, truth, first + i) for i in range(seeds)])
+    return spread(dreams, trips.states[..., 2])
+
+
+# ---- The evaluation --------------------------------------------------------------------------------------------------
+
+def assess(sampler, coder, trips, truth, coded, probe, seed, piece, revisit, dreams):
+    """All figures of one sampler on `trips`, and its video."""
+    video = dream(sampler, coder, trips, truth, seed, piece)
+    ms = latency(sampler, coder, trips, truth)
+    figures = {**measure(video, coded, trips, probe), "ms a chunk": [ms] * 3, "ms a frame": [ms / CHUNK] * 3,
+               "still": still(sampler, coder, max(2, len(video) // 4), seed)}
+    if video.shape[1] - START > TEN:
+        figures |= {f"{name} {when}": row for when, rows in drift(video, coded, trips, probe).items()
+                    for name, row in rows.items() if name in plots.DRIFT}
+    if revisit:
+        figures |= memory(sampler, coder, revisit, seed)
+    if dreams:
+        figures["diversity"] = diversity(sampler, coder, trips.part(0, 64).frames(0, START + HORIZON),
+                                         truth[:64, :START + HORIZON], dreams, seed)
+    return figures, video
+
+
+def evaluate(samplers, clips, seed, device, piece=128, seconds=HORIZON // SECOND, revisit=0, dreams=0, references=True):
     """All samplers on the same held-out sequences: {sampler: {figure: [value, low, high]}}, videos, sequences."""
     coder, probe = codec(samplers[0].model.spec.name, device), load_probe(device)
-    trips = held_out(clips, seed)
+    trips = held_out(clips, seed, seconds * SECOND)
     truth = trips.video(device).cpu()
-    coded = coder.decode(coder.encode(truth))
-    ceiling = {k: v for k, v in measure(coded, coded, trips, probe).items() if k.startswith(CONTROL)}
-    results, videos = {"real video": ceiling}, {"truth": truth}
-    copy = coded[:, [*range(START)] + [START - 1] * HORIZON]
-    results["copy the last frame"] = {k: v for k, v in measure(copy, coded, trips, probe).items() if k != "seam"}
+    coded, results, videos = coder.decode(coder.encode(truth)), {}, {"truth": truth}
+    if references:
+        ceiling = measure(coded, coded, trips, probe)
+        results["real video"] = {k: v for k, v in ceiling.items() if k.startswith((*CONTROL, "move: ", "turn: "))}
+        copy = coded[:, [*range(START)] + [START - 1] * (truth.shape[1] - START)]
+        results["copy the last frame"] = measure(copy, coded, trips, probe)
     for sampler in samplers:
-        videos[sampler.name] = dream(sampler, coder, trips, truth, seed, piece)
-        results[sampler.name] = {**measure(videos[sampler.name], coded, trips, probe),
-                                 "ms a chunk": [latency(sampler, coder, trips, truth)] * 3,
-                                 "still": still(sampler, coder, min(clips, 64), seed)}
+        results[sampler.name], videos[sampler.name] = assess(sampler, coder, trips, truth, coded, probe, seed, piece,
+                                                             revisit, dreams)
     return results, videos, trips
 
 
 COLUMNS = ("translation 1s", "rotation 1s", "both 1s", "both all", "frechet", "sharpness", "motion", "seam",
            "psnr 0.5s", "psnr 1s", "psnr 2s", "psnr 4s", "still", "ms a chunk")
-
-
-def table(results, columns=COLUMNS):
-    """Markdown: a row per sampler, value and half-width of the 95 % interval."""
-    cell = lambda value, low, high: f"{value:.3g}" + (f" ±{(high - low) / 2:.2g}" if high > low else "")
-    rows = [" | ".join([name, *(cell(*row[c]) if c in row else "-" for c in columns)]) for name, row in results.items()]
-    return "\n".join(["| sampler | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|",
-                      *(f"| {row} |" for row in rows)])
 
 
 def samplers_of(teacher, students, guidance, steps=50, few=4):
@@ -261,40 +183,89 @@ class Config:
     """Teacher and student against the exact world, with 95 % intervals."""
     backbone: str = "tiny"      # a preset with the tiny codec
     teacher: str = ""           # stage-1 weights; empty: the shipped teacher
-    student: str = ""           # stage-2 weights, several separated by commas; empty: the shipped student
+    student: str = ""           # stage-2 weights, several separated by commas; empty: the shipped student; none
     quant: str = "none"         # round the students: nvfp4, nvfp4-w4a4 (activations too), fp8; packed, te: see quant.py
+    causal: str = ""            # weights of train_causal.py, for a row of their own
+    references: bool = True     # also the rows of real video, of a copy and of the teacher
     clips: int = 256            # held-out sequences per seed
+    seconds: int = 4            # length of a rollout; above ten also figures of each ten seconds
+    revisit: int = 0            # walks of each kind that come back to where they were
+    dreams: int = 0             # dreams of the same four seconds, for diversity
     seed: int = 1000            # of the sequences and the noise
     seeds: int = 1              # so many successive seeds, each with its own sequences
     teacher_steps: int = 50     # denoising steps of the guided teacher
     guidance: float = 0.0       # of the teacher; 0: the preset's
-    out: str = ""               # write the figures as JSON
+    out: str = ""               # write the figures as JSON, and tables and pictures beside it
+    quick: bool = False         # 16 sequences of one second: minutes on two CPU cores
     train_probe: int = 0        # train assets/probe.safetensors for so many steps first
 
     def __post_init__(self):
-        require_positive(self, "clips", "seeds", "teacher_steps")
+        require_positive(self, "clips", "seconds", "seeds", "teacher_steps")
+        if self.revisit < 0 or self.dreams < 0 or self.dreams == 1:
+            raise ValueError("--revisit must not be negative, and --dreams is 0 or, for a spread, 2 or more")
+        if not self.references and self.student == "none" and not self.causal:
+            raise ValueError("nothing to evaluate: --no-references, --student none and no --causal")
         qat.check(self.quant, [*qat.ROUNDING, "packed", "te"])
 
 
+def rows_of(cfg, device):
+    """The samplers that `cfg` asks for, and the files of their weights."""
+    teacher, files = load(cfg.backbone, cfg.teacher, device), [FILE]
+    paths = cfg.student.split(",") if cfg.student else [ASSETS / f"{cfg.backbone}-student.safetensors"]
+    paths = [] if cfg.student == "none" else paths
+    rows = samplers_of(teacher, [qat.apply(load(cfg.backbone, path, device), cfg.quant) for path in paths],
+                       cfg.guidance or teacher.spec.guidance, cfg.teacher_steps)
+    fast = lru_cache(maxsize=None)(launched)                # each network is recorded once
+    rows = [row._replace(velocity=fast) for row in rows]
+    if cfg.references:
+        files += weight_files(cfg.teacher or default_source(teacher.spec), teacher.spec)
+    else:
+        rows = rows[2:]
+    if cfg.causal:
+        rows.append(Sampler("causal, 4 steps", load(cfg.backbone, cfg.causal, device), 4, 1.0, False, causal.rollout,
+                            causal.Causal))
+        paths.append(cfg.causal)
+    return rows, [*files, *paths]
+
+
+def known(report, out):
+    """The seeds that `out` already has, if the same command, code and weights made it: an evaluation goes on."""
+    text = Path(out).read_text() if out and Path(out).exists() else ""
+    old = json.loads(text) if text else {}
+    done = old.pop("seeds", [])
+    return done if old == {key: json.loads(json.dumps(value)) for key, value in report.items()} else []
+
+
+def write(report, seeds, out):
+    """`out` with the figures of `seeds`, beside it a markdown table of their means and pictures; all tell `report`."""
+    partial, stamp, means = Path(f"{out}.partial"), json.dumps(report), over_seeds(seeds)
+    partial.write_text(json.dumps({**report, "seeds": seeds}, indent=1) + "\n")
+    partial.rename(out)
+    names = dict.fromkeys(name for row in means.values() for name in row)
+    turned = {name: {row: figures[name] for row, figures in means.items() if name in figures} for name in names}
+    Path(out).with_suffix(".md").write_text(f"<!-- {stamp} -->\n\n{table(turned, [*means], 'figure')}\n")
+    plots.draw(means, Path(out).with_suffix(""), stamp)
+
+
 def main(cfg):
-    device = setup()
+    device, cfg = setup(), replace(cfg, **QUICK) if cfg.quick else cfg
     with one_line_errors():
         if cfg.train_probe:
-            train_probe(cfg.train_probe, ASSETS / "probe.safetensors", device)
+            train_probe(cfg.train_probe, FILE, device)
         load_probe(device)
         if cfg.out:
             Path(cfg.out).touch()
-        teacher = load(cfg.backbone, cfg.teacher, device)
-        paths = cfg.student.split(",") if cfg.student else [ASSETS / f"{cfg.backbone}-student.safetensors"]
-        students = [qat.apply(load(cfg.backbone, path, device), cfg.quant) for path in paths]
-    rows = samplers_of(teacher, students, cfg.guidance or teacher.spec.guidance, cfg.teacher_steps)
-    report = {"settings": vars(cfg), **provenance(), "seeds": []}
-    for seed in range(cfg.seed, cfg.seed + cfg.seeds):
-        results, _, _ = evaluate(rows, cfg.clips, seed, device)
-        report["seeds"].append(results)
-        print(f"\nseed {seed}, {cfg.clips} held-out sequences\n{table(results)}")
-        if cfg.out:
-            Path(cfg.out).write_text(json.dumps(report, indent=1) + "\n")
+        rows, files = rows_of(cfg, device)
+    report = {"settings": vars(cfg), **provenance(), "weights": {str(f): sha256(f) for f in files}}
+    seeds = known(report, cfg.out)
+    for i, seed in enumerate(range(cfg.seed, cfg.seed + cfg.seeds)):
+        if i == len(seeds):
+            results, _, _ = evaluate(rows, cfg.clips, seed, device, seconds=cfg.seconds, revisit=cfg.revisit,
+                                     dreams=cfg.dreams, references=cfg.references)
+            seeds.append(results)
+            if cfg.out:
+                write(report, seeds, cfg.out)
+        print(f"\nseed {seed}, {cfg.clips} held-out sequences\n{table(seeds[i], COLUMNS)}")
 
 
 if __name__ == "__main__":

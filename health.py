@@ -18,12 +18,12 @@ from torch import nn
 import world
 from common import generator, mean_over_ranks, one_line_errors, parse, provenance, rank, require_positive, setup
 from control import Condition
-from data import Trips
 from encode import codec
-from evaluate import (SECOND, START, bootstrap, dream, evaluate, frechet, held_out, load_probe, measure, samplers_of,
-                      table)
+from evaluate import diversity, dream, evaluate, held_out, samplers_of
 from flow import add_noise, velocity_to_x0
+from metrics import SECOND, START, drift, measure, table
 from model import load
+from probe import load_probe
 from weights import ASSETS
 from video import draw_keys, write_video
 
@@ -199,45 +199,8 @@ def curves(folder):
 
 # ---- Students at length: drift by ten seconds, diversity over seeds --------------------------------------------------
 
-TEN = 10 * SECOND
-FIELD = 2 * math.degrees(math.atan(0.5 / world.FOCAL))                                  # of view in degrees, horizontal
 SHOWN = ("both all", "frechet", "sharpness", "motion", "saturation", "seam", "psnr 1s", "psnr 2s", "psnr 4s",
          "diversity")
-
-
-def saturation(video):
-    """[N, T] mean difference of the largest and smallest of the three colours: over-exposure changes it."""
-    return (video.amax(-1).float() - video.amin(-1).float()).mean((2, 3))
-
-
-def drift(video, truth, trips, probe):
-    """{seconds: figures} of each ten seconds of `video`, against the same ten of `truth`."""
-    rows = {}
-    for a in range(0, video.shape[1] - START, TEN):
-        part = slice(a, a + START + TEN)                                                # measure() skips START frames
-        made, real = video[:, part], truth[:, part]
-        when = Trips(trips.maps, *(x[:, part] for x in list(vars(trips).values())[1:]))
-        ours, theirs = (probe.read(x)[1][:, START - 1:] for x in (made, real))          # [N, TEN, 128]
-        ratio = lambda i: float(saturation(made[i])[:, START:].mean() / saturation(real[i])[:, START:].mean())
-        rows[f"{a // SECOND}-{(a + made.shape[1] - START) // SECOND} s"] = {
-            **measure(made, real, when, probe), "saturation": bootstrap(ratio, len(made), 50),
-            "frechet": bootstrap(lambda i: frechet(ours[i].flatten(0, 1), theirs[i].flatten(0, 1)), len(made), 50)}
-    return rows
-
-
-def unseen(yaw, width):
-    """[N, T, W] the columns of a picture that look past what the START frames showed, for headings `yaw` [N, T]."""
-    ray = torch.rad2deg(torch.atan(((torch.arange(width) + 0.5) / width - 0.5) / world.FOCAL))
-    turned = yaw[:, :, None, None] - yaw[:, None, :START, None] + ray                   # [N, T, START, W]
-    return (((turned + 180) % 360 - 180).abs() > FIELD / 2).all(2)
-
-
-def diversity(sampler, coder, trips, truth, seeds):
-    """Standard deviation over `seeds` of what is dreamt where the start shows nothing."""
-    where = unseen(trips.states[:, :, 2], truth.shape[3])
-    spread = torch.stack([dream(sampler, coder, trips, truth, SEED + i) for i in range(seeds)]).float().std(0)
-    spread = spread.mean((2, 4)) * where                                                # [N, T, W]
-    return bootstrap(lambda i: float(spread[i].sum() / where[i].sum()), len(truth))
 
 
 @dataclass(frozen=True)
@@ -269,11 +232,11 @@ def main(cfg):
     truth, view = long.video(device).cpu(), short.video(device).cpu()
     coded, results = coder.decode(coder.encode(truth)), {}
     guided, *_ = samplers_of(teacher, [], teacher.spec.guidance)
-    reference = diversity(guided, coder, short, view, cfg.seeds)
+    reference = diversity(guided, coder, short, view, cfg.seeds, SEED)
     for name, model in students.items():
         sampler = samplers_of(teacher, [model], 1.0)[2]
         rows = drift(dream(sampler, coder, long, truth, SEED), coded, long, probe)
-        spread = diversity(sampler, coder, short, view, cfg.seeds)
+        spread = diversity(sampler, coder, short, view, cfg.seeds, SEED)
         next(iter(rows.values()))["diversity"] = [x / reference[0] for x in spread]     # of the first four seconds
         results |= {f"{name}, {when}": row for when, row in rows.items()}
         print(f"\n{cfg.clips} held-out sequences\n{table(results, SHOWN)}")

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 import world
-from common import autocast, generator, one_line_errors, parse, setup
+from common import autocast, generator, one_line_errors, parse, setup, world_size
 from control import Condition, Control, check_actions, parse_actions
 from encode import codec
 from flow import add_noise, euler, guide, schedule, velocity_to_x0
@@ -25,6 +25,8 @@ from model import load
 from graphs import replayed
 from weights import ASSETS
 from video import VideoFile, compose, read_picture, read_video, spread
+
+LARGE = 1024                                    # width from which a network keeps a GPU busy by itself
 
 
 def velocity_of(model):
@@ -40,6 +42,13 @@ def velocity_of(model):
                 return behind_cache(model, x, sigma, condition, velocity)
             return model(x, sigma, condition.text, condition.control, condition.past, frames)
     return velocity
+
+
+def launched(model):
+    """`velocity_of` a model that learns nothing and stays as it is; on a GPU as CUDA graphs, if it is so small that it
+    would wait for launches. HunyuanVideo counts its text tokens on the way, which no graph can."""
+    velocity, alone = velocity_of(model), world_size() == 1 and model.spec.dim < LARGE and model.spec.arch != "hunyuan"
+    return replayed(velocity, next(model.parameters()).device) if alone else velocity
 
 
 def guided(velocity, scale, null_text):
@@ -118,9 +127,6 @@ def rollout(velocity, condition, prefix, frames, sigmas, chunk, window, noise, s
     return torch.cat([prefix, made], 2)
 
 
-LARGE = 1024                                            # width from which a network keeps a GPU busy by itself
-
-
 # ---- A world to play in ----------------------------------------------------------------------------------------------
 
 class WorldModel:
@@ -134,10 +140,7 @@ class WorldModel:
         self.spec, self.device, self.model = model.spec, next(model.parameters()).device, model
         self.codec = codec(model.spec.name, self.device, source)
         self.sees = model.control is not None and "c2w" in model.control.reads
-        velocity = velocity_of(model)
-        if model.spec.dim < LARGE:
-            velocity = replayed(velocity, self.device)
-        self.velocity = guided(velocity, guidance, {} if guidance == 1 else self.codec.text([model.spec.negative]))
+        self.velocity = guided(launched(model), guidance, {} if guidance == 1 else self.codec.text([model.spec.negative]))
         self.sigmas, self.sampler = schedule(steps, model.spec.shift), ode if use_ode else few_step
 
     def reset(self, prompt=None, first=None, seed=0, actions=None):

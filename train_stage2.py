@@ -28,12 +28,13 @@ from plan import dry_run
 from data import RandomStream, open_stream
 from dmd import Clip, Discriminator, Head, Networks, Recipe, critic_gradients, student_gradients
 from encode import codec
-from evaluate import load_probe, samplers_of
+from evaluate import samplers_of
 from flow import schedule
 from history import behind, configure, room
 from health import Health, averaged, compare, critic_by_sigma, curves, figures, final_table, side_by_side
 from lora import Adapters
 from model import PRESETS, build_on, load
+from probe import load_probe
 from weights import default_source, save
 from rollout import velocity_of
 from selfforcing import draw_plan, self_rollout

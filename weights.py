@@ -57,12 +57,15 @@ def weight_files(source, spec):
     return files
 
 
+def sha256(file):
+    """The checksum that names a file's content in everything made with it."""
+    with open(file, "rb") as reader:
+        return hashlib.file_digest(reader, "sha256").hexdigest()
+
+
 def fingerprint(source, spec):
     """sha256 of a checkpoint: of its file, or of the hashes of its files in their order."""
-    hashes = []
-    for file in weight_files(source, spec):
-        with open(file, "rb") as stream:
-            hashes.append(hashlib.file_digest(stream, "sha256").hexdigest())
+    hashes = [sha256(file) for file in weight_files(source, spec)]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 

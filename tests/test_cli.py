@@ -19,6 +19,8 @@ import evaluate
 import health
 import play
 import rollout
+import reproduce
+import train_causal
 import train_stage1
 import train_stage2
 
@@ -172,7 +174,9 @@ BAD = [("train_stage1.py", ["--stepz", "3"], "--stepz"), ("train_stage1.py", ["-
        ("rollout.py", ["--weights", "/gone.safetensors"], "/gone.safetensors"), ("rollout.py", ["--steps", "0"], "--steps"),
        ("rollout.py", ["--out", "/proc/walk.mp4"], "/proc/walk.mp4"),
        ("health.py", ["--students", "/gone.safetensors"], "/gone.safetensors does not exist"),
-       ("evaluate.py", ["--clips", "0"], "--clips must be above 0"), ("rollout.py", ["--map", "7"], "0..3"), ("rollout.py", ["--image", "/gone.png"], "/gone.png"),
+       ("evaluate.py", ["--clips", "0"], "--clips must be above 0"), ("evaluate.py", ["--dreams", "1"], "2 or more"),
+       ("reproduce.py", ["10"], "1, 2, 3, 4, 5, 6, 7, 8, 9, all or report"), ("reproduce.py", ["3", "--row", "x"], "no row 'x'"),
+       ("train_causal.py", ["--forcing", "-1"], "--forcing"), ("rollout.py", ["--map", "7"], "0..3"), ("rollout.py", ["--image", "/gone.png"], "/gone.png"),
        ("rollout.py", ["--image", "assets/play.png", "--truth"], "no --image")]
 
 
@@ -196,7 +200,7 @@ def test_a_checkpoint_of_another_preset_is_refused(trained, tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())                                                 # before anything was written
 
 
-@pytest.mark.parametrize("module", [train_stage1, train_stage2, evaluate, rollout, play, health])
+@pytest.mark.parametrize("module", [train_stage1, train_stage2, train_causal, evaluate, reproduce, rollout, play, health])
 def test_every_setting_is_read_and_there_are_not_too_many(module):
     assert len(module.Config.__dataclass_fields__) <= 45
     source = Path(module.__file__).read_text()

@@ -1,24 +1,30 @@
-"""Metrics against cases whose answer is known."""
+"""The evaluation as a command: sequences, rows, what it writes and says; figures of the shipped probe on real video."""
 
-import math
+import json
 
 import pytest
 import torch
+from PIL import Image
 
 import evaluate as ev
+import metrics
+import plots
+from common import parse
 from encode import codec
+from model import build
+from probe import load_probe
 
 
 @pytest.fixture(scope="module")
 def scene():
     trips = ev.held_out(24, 7, 12)
     coder = codec("tiny")
-    return trips, coder.decode(coder.encode(trips.video())), ev.load_probe("cpu")
+    return trips, coder.decode(coder.encode(trips.video())), load_probe("cpu")
 
 
 def test_the_shipped_probe_reads_real_video(scene):
     trips, video, probe = scene
-    figures = ev.measure(video, video, trips, probe)
+    figures = metrics.measure(video, video, trips, probe)
     assert figures["translation all"][0] > 85 and figures["rotation all"][0] > 85
     assert figures["frechet"][0] == pytest.approx(0, abs=1e-6)
     assert figures["sharpness"][0] == figures["motion"][0] == figures["seam"][0] == 1
@@ -27,43 +33,117 @@ def test_the_shipped_probe_reads_real_video(scene):
 def test_a_frozen_picture_does_not_move_and_obeys_only_stillness(scene):
     trips, video, probe = scene
     frozen = torch.cat([video[:, :4], video[:, 3:4].expand(-1, 12, -1, -1, -1)], 1)
-    figures = ev.measure(frozen, video, trips, probe)
+    figures = metrics.measure(frozen, video, trips, probe)
     still = ((trips.actions[:, 4:] // 9 == 0) & ~trips.blocked[:, 4:]).sum() / (~trips.blocked[:, 4:]).sum()
-    assert figures["motion"][0] == 0
+    assert figures["motion"][0] == 0 and "seam" not in figures
     assert figures["translation all"][0] == pytest.approx(100 * float(still), abs=8)
     assert figures["frechet"][0] > 0.5
 
 
 def test_another_commands_video_is_not_obedient(scene):
     trips, video, probe = scene
-    assert ev.measure(video.roll(1, 0), video, trips, probe)["both all"][0] < 40
+    assert metrics.measure(video.roll(1, 0), video, trips, probe)["both all"][0] < 40
 
 
-def test_the_figure_at_a_horizon_is_that_frames_psnr_to_the_truth(scene):
-    trips, video, probe = scene
-    worse = video.clone()
-    worse[:, 4 - 1 + 8] = 255 - worse[:, 4 - 1 + 8]                                     # one second after the start
-    figures = ev.measure(worse, video, trips, probe)
-    assert figures["psnr 1s"][0] == pytest.approx(float(ev.psnr(worse, video)[:, 11].mean()))
-    assert figures["psnr 0.5s"][0] > 70 > 20 > figures["psnr 1s"][0]
+@pytest.mark.parametrize("walk", ev.WALKS)
+def test_walks_return_to_where_they_began(walk):
+    trips = ev.returning(walk, 6, 1000)
+    assert not trips.blocked.any() and torch.equal(trips.actions, trips.asked) and len(trips.maps.unique()) > 1
+    away = (trips.states - trips.states[:, :1])[..., 2]
+    assert ((away + 180) % 360 - 180).abs().amax() >= 60
+    back = metrics.revisits(trips.states)
+    assert (back[:, -4:] >= 0).all() and (back[:, -4:].diff(dim=1) != 0).all()          # pose by pose
+    assert not torch.equal(trips.states, ev.returning(walk, 6, 1001).states)
 
 
-def test_psnr_of_a_known_error():
-    a = torch.full((1, 1, 8, 8, 3), 100, dtype=torch.uint8)
-    assert ev.psnr(a, a + 5).item() == pytest.approx(10 * math.log10(255 ** 2 / 25))
+def test_a_walk_without_room_is_refused(monkeypatch):
+    monkeypatch.setitem(ev.WALKS, "far", "w-90, s-90")
+    with pytest.raises(ValueError, match="only 0 of 600 places leave room for the walk 'far', not 3"):
+        ev.returning("far", 3, 0)
 
 
-def test_frechet_distance_of_known_gaussians():
-    g = torch.Generator().manual_seed(0)
-    a = torch.randn(20000, 4, generator=g, dtype=torch.float64)
-    b = 2 * torch.randn(20000, 4, generator=g, dtype=torch.float64) + torch.tensor([3.0, 0, 0, 0])
-    assert ev.frechet(a, b) == pytest.approx(9 + 4 * (1 - 2) ** 2, rel=0.03)               # |m|^2 + sum (s - s')^2
-    assert ev.frechet(a, a) == pytest.approx(0, abs=1e-9)
+@pytest.fixture
+def small(monkeypatch):
+    """A very small teacher and student, intervals without draws."""
+    torch.manual_seed(0)
+    net = build("tiny", layers=1, dim=24, heads=2, ffn=32)
+    monkeypatch.setattr(ev, "load", lambda *a: net)
+    monkeypatch.setattr(ev, "setup", lambda: torch.device("cpu"))
+    monkeypatch.setattr(metrics, "bootstrap", lambda figure, count, draws=0: [figure(torch.arange(count))] * 3)
+    monkeypatch.setattr(ev, "bootstrap", metrics.bootstrap)
 
 
-def test_intervals_cover_the_mean():
-    g = torch.Generator().manual_seed(1)
-    values = torch.randn(400, generator=g)
-    value, low, high = ev.bootstrap(lambda i: float(values[i].mean()), 400)
-    assert value == pytest.approx(float(values.mean())) and low < value < high
-    assert (high - low) / 2 == pytest.approx(1.96 / 20, rel=0.3)
+def test_everything_is_measured_and_says_what_made_it(small, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(metrics, "TEN", 16)
+    monkeypatch.setattr(ev, "TEN", 16)
+    out = tmp_path / "x.json"
+    flags = "--clips 2 --seconds 3 --revisit 2 --dreams 2 --teacher_steps 1 --out".split() + [str(out)]
+    monkeypatch.setattr(ev, "HORIZON", 8)
+    ev.main(parse(ev.Config, flags))
+    report = json.loads(out.read_text())
+    assert report["settings"]["seed"] == 1000 and {"commit", "torch", "device"} <= report.keys()
+    assert {len(sha) for sha in report["weights"].values()} == {64}
+    assert {name.split("/")[-1] for name in report["weights"]} == {"probe.safetensors", "tiny-stage1.safetensors",
+                                                                   "tiny-student.safetensors"}
+    row = report["seeds"][0]["student, 4 steps"]
+    assert row.keys() >= {*ev.COLUMNS} - {"psnr 4s"} | {
+        "ms a frame", "ssim 2s", "diversity", "full turn: recognised", "loop: psnr to itself", "frechet 0-2 s",
+        "seam 2-3 s", "cells off in 1s", "drift of motion", "both turn 1", "move: none"}
+    stamp = {key: value for key, value in report.items() if key != "seeds"}
+    text = out.with_suffix(".md").read_text()
+    assert json.loads(text.splitlines()[0].removeprefix("<!-- ").removesuffix(" -->")) == stamp
+    assert "| full turn: recognised | - | - |" in text
+    pictures = {file.stem.removeprefix("x-"): Image.open(file) for file in tmp_path.glob("*.png")}
+    assert pictures.keys() == plots.PICTURES.keys()
+    assert all(json.loads(picture.text["Description"]) == stamp for picture in pictures.values())
+
+
+def test_an_evaluation_goes_on_with_the_seeds_that_are_missing(small, monkeypatch, tmp_path, capsys):
+    asked = []
+    monkeypatch.setattr(ev, "evaluate", lambda rows, clips, seed, *a, **k: asked.append(seed) or (
+        {"student, 4 steps": {"frechet": [seed, seed, seed]}}, None, None))
+    flags = ["--clips", "2", "--out", str(tmp_path / "x.json"), "--seeds", "3"]
+
+    def dying(report, seeds, out, write=ev.write):
+        write(report, seeds, out)
+        if len(seeds) == 2:
+            raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ev, "write", dying)
+        ev.main(parse(ev.Config, flags))
+    ev.main(parse(ev.Config, flags))
+    assert asked == [1000, 1001, 1002] and "seed 1001" in capsys.readouterr().out
+    seeds = json.loads((tmp_path / "x.json").read_text())["seeds"]
+    assert [seed["student, 4 steps"]["frechet"][0] for seed in seeds] == asked
+    ev.main(parse(ev.Config, [*flags, "--guidance", "3"]))                              # another command begins anew
+    assert asked[3:] == [1000, 1001, 1002]
+
+
+def test_rows_without_references_and_bad_settings(small):
+    rows, files = ev.rows_of(ev.Config(references=False, student="a,b"), "cpu")
+    assert [row.name for row in rows] == ["student 0, 4 steps", "student 1, 4 steps"] and files[1:] == ["a", "b"]
+    for wrong in ({"references": False, "student": "none"}, {"dreams": 1}, {"revisit": -1}):
+        with pytest.raises(ValueError):
+            ev.Config(**wrong)
+
+
+def test_a_still_world_is_compared_with_its_reconstruction(small):
+    sampler = ev.Sampler("student", ev.load(), 1, 1.0, False)
+    assert ev.still(sampler, codec("tiny"), 2, 0)[0] < 40                               # an untrained one cannot copy
+    trips = ev.held_out(1, 0, 8)
+    assert ev.latency(sampler, codec("tiny"), trips, trips.video()) > 0
+
+
+def test_every_sampler_is_in_the_legend_and_every_axis_has_a_unit(monkeypatch, tmp_path):
+    """Also where one of them lacks a figure: it keeps its colour in all pictures."""
+    figures = {f"{kind} {s}s": [1, 0.5, 2] for kind in ("psnr", "ssim") for s in (1, 2)}
+    rows = {"a": {}, "b": figures, "c": figures}
+    drawn = []
+    monkeypatch.setattr(plots.plt, "close", drawn.append)
+    plots.draw(rows, tmp_path / "x", "{}")
+    figure, = drawn
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["b", "c"]
+    assert [axis.get_ylabel() for axis in figure.axes] == ["PSNR to the truth, dB", "SSIM to the truth"]
+    assert all("seconds" in axis.get_xlabel() and axis.lines[0].get_color() == "C1" for axis in figure.axes)
+    monkeypatch.undo()
+    plots.plt.close(figure)

@@ -10,6 +10,7 @@ from torch import nn
 
 import evaluate
 import health
+import metrics
 from common import EMA, parse
 from encode import codec
 from evaluate import Sampler
@@ -91,7 +92,7 @@ def test_averaged_weights_are_lent_and_given_back():
 @pytest.fixture
 def quick(monkeypatch):
     """Intervals are tested elsewhere and cost most of the time."""
-    for module in (evaluate, health):
+    for module in (evaluate, metrics):
         monkeypatch.setattr(module, "bootstrap", lambda figure, count, draws=0: [figure(torch.arange(count))] * 3)
 
 
@@ -119,37 +120,6 @@ def test_truth_teacher_student_and_critic_stand_side_by_side(sampler, tmp_path):
     for panel in (1, 2, 3):
         assert abs(video[:3, 60:, 288 * panel + 20:288 * panel + 268] - real[:, 60:]).mean() < 12
     assert abs(video[20, 60:, 288 + 20:556].astype(float) - video[20, 60:, 20:268]).mean() > 12
-
-
-def test_each_ten_seconds_is_measured_by_itself(monkeypatch, quick):
-    monkeypatch.setattr(health, "TEN", 16)
-    trips, probe = health.held_out(4, 5, 32), health.load_probe("cpu")
-    truth = trips.video()
-    video = truth.clone()
-    video[:, 20:] = (video[:, 20:].float() * 0.5 + 64).byte()                           # half as colourful
-    early, late = health.drift(video, truth, trips, probe).values()
-    assert early["saturation"][0] == early["motion"][0] == early["sharpness"][0] == 1
-    assert early["both all"][0] > 75 and late["both all"][0] > 40                       # labels of the same seconds
-    assert late["saturation"][0] == pytest.approx(0.5, abs=0.02)
-    assert early["frechet"][0] < 1e-6 < 0.01 < late["frechet"][0]
-
-
-def test_diversity_is_the_spread_over_seeds_of_what_the_start_does_not_show(monkeypatch):
-    """A turn by 60 degrees: rays beyond -20.2 degrees from the middle, 72 % of the columns, are past the old view; those
-    beyond 9.8 degrees, 40 %, are past that of a start frame which had turned by 30 as well."""
-    yaw = torch.full((3, 8), -130.0)
-    yaw[:, :4] = 170.0                                                                  # across the seam of the circle
-    assert health.unseen(yaw, 1000)[0, 4].float().mean() == pytest.approx(0.5 + 0.6 * 0.368, abs=0.002)
-    yaw[:, 0] = -160.0
-    new = health.unseen(yaw, 1000)
-    assert not new[:, :4].any() and new[0, 4].float().mean() == pytest.approx(0.5 - 0.6 * 0.173, abs=0.002)
-    assert not new[0, 4, :600].any() and new[0, 4, 610:].all()
-    trips, value = SimpleNamespace(states=yaw[:, :, None].expand(-1, -1, 4)), {}
-    for where in (new, ~new):                                                           # two seeds: std 1
-        monkeypatch.setattr(health, "dream", lambda sampler, coder, trips, truth, seed, where=where: truth + (
-            (seed - health.SEED) * 2 ** 0.5 * where[:, :, None, :, None]))
-        value[where is new], _, _ = health.diversity(None, None, trips, torch.full((3, 8, 2, 1000, 3), 99.0), 2)
-    assert value[True] == pytest.approx(1.0, abs=1e-4) and value[False] == 0
 
 
 def test_the_table_of_students_at_length(sampler, quick, monkeypatch, tmp_path, capsys):

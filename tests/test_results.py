@@ -1,17 +1,38 @@
-"""RESULTS.md says what the JSON beside it says."""
+"""RESULTS.md and README.md say what the JSON in results/ says."""
 
 import json
-from pathlib import Path
+import re
 
 import pytest
 
-import bench
+import reproduce
+from common import ROOT
 
-ROOT = Path(bench.__file__).parent
+
+@pytest.mark.parametrize("name", ["RESULTS.md", "README.md"])
+def test_what_stands_between_markers_is_made_from_the_json(name):
+    text = (ROOT / name).read_text()
+    assert reproduce.fill(text) == text, "run python reproduce.py report"
 
 
-@pytest.mark.parametrize("name", ["forward", "train"])
-def test_tables_are_those_of_the_json(name):
-    report = json.loads((ROOT / "results" / f"{name}.json").read_text())
+def test_every_table_has_its_place():
     text = (ROOT / "RESULTS.md").read_text()
-    assert "\n".join(bench.table(report["rows"])) in text and report["commit"] in text
+    marks = re.findall("<!-- (.*?) -->", text)
+    tables = [f"table {n}" for n in range(1, 10)]
+    assert [mark for mark in marks if mark != "end"] == ["claims", *tables, "forward", "train"]
+    assert marks.count("end") == 12
+
+
+def test_speed_names_the_commit_of_its_json():
+    text = (ROOT / "RESULTS.md").read_text()
+    for name in ("forward", "train"):
+        assert json.loads((ROOT / "results" / f"{name}.json").read_text())["commit"] in text
+
+
+def test_results_carry_what_made_them():
+    files = [file for file in (ROOT / "results").glob("*.json") if file.stem not in ("forward", "train")]
+    for file in files:
+        report = json.loads(file.read_text())
+        assert {"settings", "commit", "device", "weights", "minutes", "recipe", "training_seed"} <= report.keys(), file
+        assert report["recipe"] in reproduce.RECIPES and all(len(sha) == 64 for sha in report["weights"].values())
+        assert "dirty" not in report["commit"], f"{file} was made with code that was not committed"

@@ -79,6 +79,7 @@ def row(claim, figures, reports):
 def claims(figures, reports):
     """The table in markdown, of {recipe: {sampler: {figure: ...}}} and {recipe: [report of each training seed]}."""
     rows = [row(claim, figures, reports) for claim in CLAIMS]
-    rows += [[f"“{words}”", "-", "-", "-", f"needs {needs}", "-", "not testable here"] for words, needs in ELSEWHERE]
+    rows += [[f"“{words}”", "-", "-", "-", f"needs {needs}", "-", "not testable here"]
+             for words, needs in ELSEWHERE]
     head = "| the paper's words: what we compare | command | hardware | minutes | metric | result | verdict |"
     return "\n".join([head, "|---|---|---|---:|---|---|---|", *("| " + " | ".join(cells) + " |" for cells in rows)])

@@ -214,6 +214,15 @@ def provenance():
 
 # ---- Optimisation ----------------------------------------------------------------------------------------------------
 
+def adamw(module, lr, betas, device, decay=0.0):
+    """AdamW for what is trained of `module`; biases and norms are not decayed."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.ndim > 1]},
+              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr, betas, weight_decay=decay, fused=device.type == "cuda")
+
+
 def descend(optimizer, clip):
     """Average gradients over ranks, clip their global norm, step, clear. Returns the norm before clipping.
 

@@ -252,8 +252,8 @@ class Control:
 
 @dataclass(frozen=True)
 class Condition:
-    """What a velocity network is told besides noise: `text` (see `model.Spec`), `control` of the same T frames, the `past`
-    before them (see `compress.Past`), and whether the first of them `begins` the video."""
+    """What a velocity network is told besides noise: `text` (see `model.Spec`), `control` of the same T frames, the
+    `past` before them (see `compress.Past`), and whether the first of them `begins` the video."""
     text: dict
     control: Control | None = None
     past: object | None = None
@@ -267,8 +267,8 @@ class Condition:
         return replace(self, control=control, begins=self.begins and start == 0)
 
     def null(self, text):
-        """The unconditional branch of guidance: the negative `text`, for every clip, and no control at all, behind the same
-        past. A picture that the clips begin with is no part of the text: both branches see it."""
+        """The unconditional branch of guidance: the negative `text`, for every clip, and no control at all, behind the
+        same past. A picture that the clips begin with is no part of the text: both branches see it."""
         B = max(map(len, self.text.values()), default=1)
         picture = {key: self.text[key] for key in ("vision", "vision_mask", "image") if key in self.text}
         text = {key: x.expand(B, *x.shape[1:]) for key, x in text.items()} | picture

@@ -171,8 +171,8 @@ class ShardStream:
         parts = {key: torch.stack([row[key] for row in rows]).to(self.device) for key in rows[0] if key != "text"}
         text = {key: pad_sequence([row["text"][key] for row in rows], True).to(self.device) for key in rows[0]["text"]}
         cameras = (relative(parts["c2w"]), parts["K"]) if self.cameras else ()
-        ids = [f"{self.split} {self.shards[self.clips[clip][0]]['file']} clip {self.clips[clip][1]} frames {a}..{a + frames - 1}"
-               for clip, a in zip(clips.tolist(), starts.tolist())]
+        ids = [f"{self.split} {self.shards[shard]['file']} clip {clip} frames {a}..{a + frames - 1}"
+               for (shard, clip, _), a in zip((self.clips[clip] for clip in clips), starts.tolist())]
         return Batch(parts["x0"].float(), Condition(text, Control(parts["actions"].long(), *cameras)), ids)
 
     def window(self, index, start, frames):

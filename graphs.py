@@ -6,6 +6,9 @@ A small network spends its time on launching kernels one by one: recorded once, 
 from dataclasses import is_dataclass, replace
 
 import torch
+from torch import nn
+
+from control import Condition, Control
 
 
 def flatten(tree, path=""):
@@ -32,7 +35,8 @@ def replayed(function, device):
     """`function` of trees of CUDA tensors, without gradient, launched as one graph per set of shapes.
 
     The graph reads the weights where they are, so they may change in place, but not be replaced. What has other leaves
-    than tensors, None and yes or no (a history that is compressed as the chunk is made), and all on a CPU, is called as it is.
+    than tensors, None and yes or no (a history that is compressed as the chunk is made) is called as it is; so is all
+    on a CPU.
     """
     if torch.device(device).type == "cpu":
         return function
@@ -58,4 +62,29 @@ def replayed(function, device):
         torch._foreach_copy_(places, list(given.values()))
         graph.replay()
         return made.clone()
+    return replay
+
+
+class Tensors(nn.Module):
+    """A network whose arguments are tensors alone, as CUDA graphs with gradients want it."""
+
+    def __init__(self, model, velocity):
+        super().__init__()
+        self.model, self.velocity = model, velocity
+
+    def forward(self, x, sigma, text, *control):
+        return self.velocity(x, sigma, Condition({"text": text}, Control(*control)))
+
+
+def recorded(model, velocity):
+    """The callable `velocity` of `model`, with gradients for its weights, as one graph per clip length; for those whose
+    text has one entry and whose clips have cameras."""
+    graphs = {}
+
+    def replay(x, sigma, condition):
+        inputs = x, sigma, condition.text["text"], *vars(condition.control).values()
+        if x.shape[2] not in graphs:
+            example = tuple(tensor.clone() for tensor in inputs)
+            graphs[x.shape[2]] = torch.cuda.make_graphed_callables(Tensors(model, velocity), example)
+        return graphs[x.shape[2]](*inputs)
     return replay

@@ -160,10 +160,10 @@ class Ulysses:
         return Exchange.apply(x, self.group)
 
     def scatter(self, groups):
-        """This rank's part of the frames: tokens [B, T, L, D] -> [B, T, l, D], angles [..., T * L, d] -> [..., T * l, d].
+        """This rank's part of the frames: tokens [B, T, L, D] -> [B, T, l, D], angles [..., T * L, d] alike.
         Text in self-attention stays whole on every rank."""
         if [g.role for g in groups if g.rope] != ["frames"]:
-            raise ValueError("--sequence spreads the frames of a clip, not history: leave out --history and --attention")
+            raise ValueError("--sequence spreads the frames of a clip, not history: leave out --history")
         T, self.L = groups[0].x.shape[1:3]
         self.l = -(-self.L // self.N)
         rope = tuple(self.own(y.unflatten(-2, (T, self.L))).flatten(-3, -2) for y in groups[0].rope)

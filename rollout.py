@@ -140,7 +140,8 @@ class WorldModel:
         self.spec, self.device, self.model = model.spec, next(model.parameters()).device, model
         self.codec = codec(model.spec.name, self.device, source)
         self.sees = model.control is not None and "c2w" in model.control.reads
-        self.velocity = guided(launched(model), guidance, {} if guidance == 1 else self.codec.text([model.spec.negative]))
+        null = {} if guidance == 1 else self.codec.text([model.spec.negative])
+        self.velocity = guided(launched(model), guidance, null)
         self.sigmas, self.sampler = schedule(steps, model.spec.shift), ode if use_ode else few_step
 
     def reset(self, prompt=None, first=None, seed=0, actions=None):

@@ -16,7 +16,8 @@ import torch
 
 from causal import Causal, forcing_loss, self_rollout
 from checkpoint import Run, load_checkpoint, save_checkpoint
-from common import EMA, alarm, data_rank, derive, descend, one_line_errors, parse, require_positive, reseed, setup, shutdown
+from common import (EMA, alarm, data_rank, derive, descend, one_line_errors, parse, require_positive, reseed, setup,
+                    shutdown)
 from data import WorldStream
 from dmd import Clip, Networks, Recipe, critic_gradients, student_gradients
 from encode import codec

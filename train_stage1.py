@@ -14,19 +14,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
 import qat
 from checkpoint import Run, load_checkpoint, save_checkpoint
-from common import (EMA, alarm, data_rank, derive, descend, one_line_errors, parse, require_positive, reseed, setup,
-                    shutdown)
+from common import (EMA, adamw, alarm, data_rank, derive, descend, one_line_errors, parse, require_positive, reseed,
+                    setup, shutdown)
 from faults import Finite, together
 from parallel import Layout, checkpoint_blocks, compile_blocks
 from plan import dry_run
-from control import NO_ACTION, Condition, Control, attach
+from control import NO_ACTION, attach
 from data import RandomStream, open_stream
 from encode import codec
 from flow import add_noise, draw_sigma, flow_loss
+from graphs import recorded
 from history import behind, clean_frames, configure, draw_past
 from model import PRESETS, build, build_on, load
 from weights import save
@@ -84,25 +84,26 @@ class Config:
                          "log_every", "clip")
         if self.backbone not in PRESETS:
             raise ValueError(f"unknown backbone '{self.backbone}'; choose {', '.join(PRESETS)}")
-        if self.train not in ("all", "control") or (self.train == "control" and not self.init) or (
-                self.train == "control" and self.control == "text"):
-            raise ValueError("--train is all or control; control needs --init and parameters to train: text has none")
-        if self.save_trained and (self.train == "all" or self.init_partial):
-            raise ValueError("--save_trained needs --train control, and an --init that fits without --init_partial")
-        for name in ("grown", "i2v", "t2v", "drop", "drop_text", "drop_actions", "ema"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name} is a share, 0..1, got {getattr(self, name)}")
-        if self.drop + self.drop_text + self.drop_actions > 1 or self.ema == 1 or self.warmup < 0:
-            raise ValueError("the --drop shares are at most 1 together, --ema is below 1, --warmup is not negative")
-        if self.cuda_graphs and (self.history or self.shard == "fsdp" or self.sequence > 1
-                                 or not (self.compile and torch.cuda.is_available())):
-            raise ValueError("--cuda_graphs needs --compile and a GPU, and a network that no other process has part in; "
-                             "it takes no --history")
-        if self.past < 0 or (self.past and not self.history):
-            raise ValueError(f"--past must not be negative and is for --history, got {self.past}")
+        shares = ("grown", "i2v", "t2v", "drop", "drop_text", "drop_actions", "ema")
+        outside = [f"--{name} {getattr(self, name)}" for name in shares if not 0 <= getattr(self, name) <= 1]
+        spec, alone = PRESETS[self.backbone], self.train == "control"
+        graphs = self.compile and torch.cuda.is_available() and self.shard != "fsdp" and spec.arch != "hunyuan"
+        for wrong, message in (
+                (outside, f"{', '.join(outside)}: a share is 0..1"),
+                (self.train not in ("all", "control") or alone and (not self.init or self.control == "text"),
+                 "--train is all or control; control needs --init and parameters to train: text has none"),
+                (self.save_trained and (not alone or self.init_partial),
+                 "--save_trained needs --train control, and an --init that fits without --init_partial"),
+                (self.drop + self.drop_text + self.drop_actions > 1 or self.ema == 1 or self.warmup < 0,
+                 "the --drop shares are at most 1 together, --ema is below 1, --warmup is not negative"),
+                (self.cuda_graphs and (self.history or self.sequence > 1 or not graphs),
+                 "--cuda_graphs needs --compile, a GPU and a network that fits one; no HunyuanVideo, no --history"),
+                (self.past < 0 or self.past and not self.history,
+                 f"--past must not be negative and is for --history, got {self.past}"),
+                (self.frames < 2 * spec.chunk, f"--frames must hold two chunks of {spec.chunk}, got {self.frames}")):
+            if wrong:
+                raise ValueError(message)
         qat.check(self.quant, ["fp8"])
-        if self.frames < 2 * PRESETS[self.backbone].chunk:
-            raise ValueError(f"--frames must hold two chunks of {PRESETS[self.backbone].chunk}, got {self.frames}")
 
 
 def draw_frames(cfg, chunk, shared, clean=0):
@@ -146,45 +147,9 @@ def stage1_loss(velocity, x0, condition, cfg, spec, clean=0):
     return flow_loss(velocity(add_noise(x0, noise, sigma), sigma, condition), x0, noise, mask)
 
 
-class Tensors(nn.Module):
-    """A network whose arguments are tensors alone, as CUDA graphs want it."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x, sigma, text, *control):
-        return velocity_of(self.model)(x, sigma, Condition({"text": text}, Control(*control)))
-
-
-def fast_velocity(model, cfg):
-    """`velocity_of(model)` with compiled blocks and, on a GPU, one CUDA graph per clip length: small kernels leave the
-    processor no time to launch them one by one."""
-    compile_blocks(model)
-    if not cfg.cuda_graphs:
-        return velocity_of(model)
-    graphs = {}
-
-    def velocity(x, sigma, condition):
-        inputs = x, sigma, condition.text["text"], *vars(condition.control).values()
-        if x.shape[2] not in graphs:
-            example = tuple(tensor.clone() for tensor in inputs)
-            graphs[x.shape[2]] = torch.cuda.make_graphed_callables(Tensors(model), example)
-        return graphs[x.shape[2]](*inputs)
-    return velocity
-
-
 def learning_rate(step, cfg):
     """Linear warm-up, then cosine to zero."""
     return cfg.lr * min((step + 1) / max(cfg.warmup, 1), 1.0) * 0.5 * (1 + math.cos(math.pi * step / cfg.steps))
-
-
-def adamw(model, cfg, device):
-    """AdamW; biases and norms are not decayed."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if p.ndim > 1]},
-              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, cfg.lr, (0.9, 0.99), weight_decay=cfg.decay, fused=device.type == "cuda")
 
 
 def initial_model(cfg, coder, layout, device):
@@ -208,18 +173,17 @@ def initial_model(cfg, coder, layout, device):
 
 def save_teacher(model, ema, cfg, run, step):
     """teacher.safetensors: the averaged weights, all or (--save_trained) those of the control on top of --init."""
-    notes = run.header(steps=step, control=cfg.control)
-    weights = ema.average
+    notes, trained = run.header(steps=step, control=cfg.control), ("control.", "compress.") if cfg.save_trained else ""
+    weights = {key: value for key, value in ema.average.items() if key.startswith(trained)}
     if cfg.save_trained:
-        weights = {key: value for key, value in weights.items() if key.startswith(("control.", "compress."))}
         notes["base"] = Path(cfg.init).resolve() if Path(cfg.init).exists() else cfg.init
     save(model, Path(cfg.out) / "teacher.safetensors", weights=weights, **notes)
 
 
 def prepare(cfg):
     """The networks, the data and the run folder; bad input ends here with one line."""
-    device = setup()
-    layout, spec = Layout(device, cfg.shard, cfg.replicas, cfg.sequence), PRESETS[cfg.backbone]
+    device, spec = setup(), PRESETS[cfg.backbone]
+    layout = Layout(device, cfg.shard, cfg.replicas, cfg.sequence)
     if cfg.init == "random":
         coder = stream = RandomStream(spec, cfg.seed, device)
     else:
@@ -234,13 +198,14 @@ def prepare(cfg):
 def main(cfg):
     with one_line_errors():
         device, model, coder, stream, run = prepare(cfg)
-        optimizer, ema = adamw(model, cfg, device), EMA(model, cfg.ema)
+        optimizer, ema = adamw(model, cfg.lr, (0.9, 0.99), device, cfg.decay), EMA(model, cfg.ema)
         finite = Finite(cfg.out, ["model"])
         state = {"model": model, "finite": finite}, {"model": optimizer}, {"model": ema}
         start = load_checkpoint(cfg.out, cfg.steps, *state)
     spec, empty = model.spec, coder.text([""])
     coder.release()
-    velocity = fast_velocity(model, cfg) if cfg.compile else velocity_of(model)
+    velocity = velocity_of(compile_blocks(model) if cfg.compile else model)
+    velocity = recorded(model, velocity) if cfg.cuda_graphs else velocity
 
     for step in run.progress(start, cfg.steps, "stage 1"):
         reseed(cfg.seed, "stage 1", data_rank(), step)
@@ -254,8 +219,7 @@ def main(cfg):
             condition = replace(drop(batch.condition.frames(begin, frames), empty, cfg), past=past)
             part = stage1_loss(velocity, batch.x0[:, :, begin:], condition, cfg, spec, clean) / cfg.accumulate
             part.backward(alarm(part))
-            loss += part.detach()
-            batches.append(batch)
+            loss, batches = loss + part.detach(), [*batches, batch]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg)
         norm = descend(optimizer, cfg.clip)
@@ -266,7 +230,7 @@ def main(cfg):
             gib = {"peak_gib": torch.cuda.max_memory_allocated() / 2 ** 30} if device.type == "cuda" else {}
             run.log(step, loss=loss, norm=norm, lr=group["lr"], skipped=finite.total, **gib)
         due = run.due(step + 1, cfg.steps, cfg.save_every)
-        if run.asked if cfg.init == "random" else due:          # noise is not worth a file, but for who asks by a signal
+        if run.asked if cfg.init == "random" else due:          # noise is not worth a file, but for a signal
             save_teacher(model, ema, cfg, run, step + 1)        # first: a complete checkpoint never lacks its weights
             save_checkpoint(cfg.out, step + 1, *state, keep=cfg.keep)
             run.leave_if_asked(step + 1)

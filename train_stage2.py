@@ -13,30 +13,28 @@ the critic catches up on what the student made (DMD2, arXiv:2405.14867).
 
 import random
 import shutil
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 
 import qat
 from checkpoint import Run, load_checkpoint, save_checkpoint
-from common import (EMA, data_rank, derive, descend, fail, mean_over_ranks, one_line_errors, parse, rank,
+from common import (EMA, adamw, data_rank, derive, descend, fail, mean_over_ranks, one_line_errors, parse, rank,
                     require_positive, reseed, setup, shutdown)
 from faults import Finite, together
-from parallel import Layout, checkpoint_blocks, compile_blocks
+from parallel import Layout
 from plan import dry_run
 from data import RandomStream, open_stream
-from dmd import Clip, Discriminator, Head, Networks, Recipe, critic_gradients, student_gradients
+from dmd import Clip, Recipe, critic_gradients, student_gradients
 from encode import codec
 from evaluate import samplers_of
 from flow import schedule
-from history import behind, configure, room
+from history import behind, room
 from health import Health, averaged, compare, critic_by_sigma, curves, figures, final_table, side_by_side
-from lora import Adapters
-from model import PRESETS, build_on, load
+from model import PRESETS, load
+from networks import networks
 from probe import load_probe
 from weights import default_source, save
-from rollout import velocity_of
 from selfforcing import draw_plan, self_rollout
 
 
@@ -125,43 +123,6 @@ class Config:
             raise ValueError(f"--frames must hold two chunks of {PRESETS[self.backbone].chunk}, got {self.frames}")
 
 
-def networks(cfg, layout, device):
-    """The callables; teacher, student and critic as backbones; the modules that learn; their values -> full weights.
-
-    All start from one checkpoint. What learns has fp32 weights; on a GPU the frozen teacher is bf16.
-    """
-    def network(dtype, quant="none"):
-        reseed(cfg.seed, "initialisation")
-        place = lambda model: layout.place(qat.apply(model, quant))
-        model = place(build_on(device, dtype, cfg.backbone)) if cfg.teacher == "random" else \
-            load(cfg.backbone, cfg.teacher, device, dtype, prepare=place)
-        return configure(model, cfg.history, cfg.attention, cfg.recent, cfg.choose)
-
-    teacher = network(torch.bfloat16 if device.type == "cuda" else torch.float32,
-                      cfg.quant if cfg.tune == "lora" else "none").requires_grad_(False).eval()
-    if teacher.control is None:
-        raise ValueError(f"{cfg.teacher} has no control parameters; stage 2 distils a stage-1 teacher")
-    if cfg.tune == "lora":
-        kind = Adapters if cfg.quant == "none" else qat.RoundedAdapters
-        adapters = kind(teacher, ("student", "critic"), cfg.rank)
-        models, learning, using = [teacher] * 3, dict(adapters.sets), adapters.using
-        velocities = [adapters.velocity(velocity_of(teacher), name) for name in (None, "student", "critic")]
-        weights = lambda values: adapters.merged("student", values)
-    else:
-        learning = {"student": network(torch.float32, cfg.quant), "critic": network(torch.float32)}
-        models, using, weights = [teacher, *learning.values()], lambda name: nullcontext(), lambda values: values
-        velocities = [velocity_of(model) for model in models]
-    exact = None if cfg.quant == "none" else qat.exactly(models[1], velocities[1])
-    discriminator = None
-    if cfg.gan:                                 # its hook must be there before anything is compiled
-        learning["head"] = Head(teacher.spec.dim).to(device)
-        discriminator = Discriminator(models[2], velocities[2], learning["head"])
-    for model in set(models):
-        model = checkpoint_blocks(model) if cfg.recompute else model
-        model = compile_blocks(model) if cfg.compile else model
-    return Networks(*velocities, discriminator, using, exact), models, learning, weights
-
-
 def data(cfg, spec, device):
     """The codec and the stream of clips."""
     if cfg.teacher == "random" and not cfg.data:
@@ -171,10 +132,6 @@ def data(cfg, spec, device):
     coder = codec(cfg.backbone, device, cfg.codec)
     return coder, open_stream(cfg.data, coder, spec, cfg.seed, cfg.frames + cfg.past, cfg.pool, 24,
                               cfg.refresh * cfg.accumulate)
-
-
-def adamw(module, lr, device):
-    return torch.optim.AdamW(module.parameters(), lr, (0.0, 0.999), weight_decay=0.0, fused=device.type == "cuda")
 
 
 def mean_of(dicts):
@@ -190,7 +147,7 @@ def main(cfg):
         coder, stream = data(cfg, spec, device)
         run = Run(cfg.out, cfg, 2, "" if cfg.teacher == "random" else cfg.teacher or default_source(spec))
         rates = {"student": cfg.lr, "critic": cfg.critic_lr, "head": cfg.head_lr}
-        optimizers = {name: adamw(module, rates[name], device) for name, module in learning.items()}
+        optimizers = {name: adamw(module, rates[name], (0.0, 0.999), device) for name, module in learning.items()}
         ema, health, last = EMA(learning["student"], cfg.ema), Health(cfg.health), cfg.steps + cfg.critic_warmup
         finite = Finite(cfg.out, learning)
         state = {**learning, "health": health, "finite": finite}, optimizers, {"student": ema}

@@ -338,7 +338,7 @@ def test_stage_1_trains_a_new_control_on_a_frozen_network_and_saves_it_alone(tmp
     coder, shipped = codec("tiny"), str(ASSETS / "tiny-stage1.safetensors")
     cfg = train_stage1.Config(control="adaln+prope", init=shipped, train="control", save_trained=True, out=str(tmp_path))
     model = train_stage1.initial_model(cfg, coder, torch.device("cpu"))
-    optimizer, ema = train_stage1.adamw(model, cfg, torch.device("cpu")), EMA(model, 0.0)
+    optimizer, ema = train_stage1.adamw(model, cfg.lr, (0.9, 0.99), torch.device("cpu"), cfg.decay), EMA(model, 0.0)
     state = {"model": model}, {"model": optimizer}, {"model": ema}
     batch = WorldStream(coder, 0, pool=2, length=8).batch(0, 2, 8)
     loss = train_stage1.stage1_loss(train_stage1.velocity_of(model), batch.x0, batch.condition, cfg, model.spec)

@@ -56,7 +56,7 @@ def optimizer_bytes(modules, lr=1e-3):
         for p in module.parameters():
             p.grad = torch.zeros_like(p) if p.requires_grad else None
         gradients.append(nbytes(p.grad for p in module.parameters() if p.grad is not None))
-        optimizer = two.adamw(module, lr, CPU)
+        optimizer = two.adamw(module, lr, (0.0, 0.999), CPU)
         optimizer.step()
         moments += nbytes(t for s in optimizer.state.values() for t in s.values())
     return moments, gradients

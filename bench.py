@@ -4,8 +4,7 @@
     python bench.py train                                       # forward and backward with activation checkpointing
     python bench.py plan --stage 2 --gpus 8 --shard fsdp        # what a training step will take, by arithmetic: plan.py
 
-Weights are random. The ceiling of a row is the time of its linear layers and of its attention at the best rates seen at
-the start of the run; what checkpointing computes twice is counted once. --out is rewritten after each row.
+Weights are random. A row's ceiling is its linear layers and its attention, once, at the best rates seen in the run.
 """
 
 import gc

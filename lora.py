@@ -17,7 +17,6 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from common import on_host
-
 from nvfp4 import EmulatedLinear
 
 # Attention projections and MLPs of Wan, HunyuanVideo and LTX, by their official names.
@@ -84,10 +83,7 @@ class Adapters:
 
     def velocity(self, velocity, name):
         """The callable `velocity` of the base, with the set `name` at work."""
-        def adapted(x, sigma, condition):
-            with self.using(name):
-                return velocity(x, sigma, condition)
-        return adapted
+        return self.using(name)(velocity)
 
     @torch.no_grad()
     def merged(self, name, weights=None):

@@ -80,8 +80,7 @@ class Config:
     cuda_graphs: bool = False       # with --compile on a GPU: launch the network as CUDA graphs
 
     def __post_init__(self):
-        require_positive(self, "steps", "save_every", "keep", "batch", "accumulate", "frames", "lr", "pool", "refresh",
-                         "log_every", "clip")
+        require_positive(self, *("steps save_every keep batch accumulate lr pool refresh log_every clip".split()))
         if self.backbone not in PRESETS:
             raise ValueError(f"unknown backbone '{self.backbone}'; choose {', '.join(PRESETS)}")
         shares = ("grown", "i2v", "t2v", "drop", "drop_text", "drop_actions", "ema")
@@ -198,8 +197,8 @@ def prepare(cfg):
 def main(cfg):
     with one_line_errors():
         device, model, coder, stream, run = prepare(cfg)
-        optimizer, ema = adamw(model, cfg.lr, (0.9, 0.99), device, cfg.decay), EMA(model, cfg.ema)
-        finite = Finite(cfg.out, ["model"])
+        optimizer = adamw(model, cfg.lr, (0.9, 0.99), device, cfg.decay)
+        ema, finite = EMA(model, cfg.ema), Finite(cfg.out, ["model"])
         state = {"model": model, "finite": finite}, {"model": optimizer}, {"model": ema}
         start = load_checkpoint(cfg.out, cfg.steps, *state)
     spec, empty = model.spec, coder.text([""])

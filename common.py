@@ -71,7 +71,7 @@ def parse(config, argv=None, dry_run=None):
     if dry_run:
         parser.add_argument("--dry-run", action="store_true", help="print settings and what they will take, and end")
     given = vars(parser.parse_args(argv))
-    dry = given.pop("dry_run", False)
+    dry = dry_run and given.pop("dry_run")
     try:
         settings = config(**given)
         if not dry:

@@ -1,6 +1,6 @@
 """Does a dream of recorded video obey? Held-out clips of any shards of the tiny codec, continued by a network.
 
-A probe (evaluate.py) learns from the training split to read the motion between two frames, then reads it out of what
+A probe (probe.py) learns from the training split to read the motion between two frames, then reads it out of what
 the network made of the test split's first frames and labels. What it reads out of the real clips is the ceiling.
 
     python judge.py runs/doom --weights runs/doom2/student.safetensors --out runs/doom2/judged
@@ -19,7 +19,7 @@ from tqdm import tqdm
 from common import autocast, one_line_errors, parse, provenance, require_positive, reseed, setup
 from data import ShardStream
 from encode import codec
-from evaluate import Probe
+from probe import Probe
 from flow import schedule
 from model import load
 from rollout import few_step, guided, ode, rollout, velocity_of

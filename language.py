@@ -17,8 +17,10 @@ import torch
 from einops import rearrange
 from torch import nn
 
+from block import attention
 from common import optional
 from model import LTXAttention, named, rms_norm
+from rotary import rotate_halves
 from weights import component, default_source, headers, read, weight_files
 
 
@@ -113,7 +115,10 @@ class ConnectorBlock(nn.Module):
                                           nn.Linear(4 * dim, dim)))
 
     def forward(self, x, rope):                         # [B, S, D]
-        x = x + self.attn1(rms_norm(x, self.eps), rope=rope)
+        h = rms_norm(x, self.eps)
+        q, k, v = self.attn1.asks(h)                    # each [B, heads, S, d]
+        y = attention(rotate_halves(q, rope).to(v.dtype), rotate_halves(k, rope).to(v.dtype), v)
+        x = x + self.attn1.out(rearrange(y, "b h n d -> b n (h d)"), self.attn1.gate(h))
         return x + self.ff(rms_norm(x, self.eps))
 
 

@@ -384,14 +384,14 @@ def test_a_dream_starts_with_one_pixel_frame_and_goes_on_without_seams(worlds, n
     dream, t = worlds(name), model.PRESETS[name].stride[0]
     assert worlds(name).codec is dream.codec                                            # one for all sessions
     assert dream.reset("A street.", seed=1).shape == (1 + t, 32, 64, 3) and list(dream.codec.loaded) == ["vae"]
-    frames, latents = [], [dream.latents]
+    frames, latents = [], [dream.history.latents]
     for actions in ([9, 9], [12], [3, 0]):
         here = dream.state()
         frames.append(dream.step(actions))
-        latents.append(dream.latents[:, :, -len(actions):])
+        latents.append(dream.history.latents[:, :, -len(actions):])
         dream.restore(here)
         assert torch.equal(dream.step(actions), frames[-1])                             # also the codec goes back
-    assert [len(f) for f in frames] == [2 * t, t, 2 * t] and dream.latents.shape[2] == 4 and not dream.begins
+    assert [len(f) for f in frames] == [2 * t, t, 2 * t] and dream.history.latents.shape[2] == 2 < dream.history.n
     if name != "ltx2.3-22b":
         whole = dream.codec.decode(torch.cat(latents, 2))[0]
         assert (torch.cat(frames).int() - whole[1 + t:].int()).abs().max() <= 1
@@ -403,12 +403,12 @@ def test_starts_are_encoded_and_the_guided_teacher_is_told_of_them_twice(worlds,
     for count in (1, 2):
         first = torch.randint(256, (1 + t * (count - 1), 32, 64, 3), dtype=torch.uint8)
         assert dream.reset("A street.", first, actions=[0] * count).shape == first.shape
-        assert torch.equal(dream.latents, dream.codec.encode(first[None])) and len(dream.step([9, 9])) == 2 * t
+        assert torch.equal(dream.history.latents, dream.codec.encode(first[None])) and len(dream.step([9, 9])) == 2 * t
     before = dream.state()
     for refused, message in ((first[:-1], "frames"), (first.tile(1, 2, 1, 1), "32x64"), (first[:, :, :50], "divisible")):
         with pytest.raises(ValueError, match=message):
             dream.reset("Other.", refused)
-    assert torch.equal(dream.latents, before["latents"]) and dream.text is before["text"]
+    assert torch.equal(dream.history.latents, before["history"].latents) and dream.text is before["text"]
 
 
 class Spy(torch.nn.Module):
@@ -438,7 +438,7 @@ def test_guidance_without_words_still_sees_the_picture():
     text = {"text": torch.ones(2, 3, 4), "text_mask": torch.ones(2, 3, dtype=torch.bool), "vision": torch.ones(2, 5, 6),
             "image": torch.ones(2, 4, 1, 2, 2)}
     empty = {"text": torch.zeros(1, 3, 4), "text_mask": torch.zeros(1, 3, dtype=torch.bool)}
-    null = Condition(text, Control(torch.zeros(2, 1)), False).null(empty)
+    null = Condition(text, Control(torch.zeros(2, 1)), begins=False).null(empty)
     assert null.control is None and not null.begins and {*null.text} == {*text}
     assert null.text["vision"] is text["vision"] and null.text["image"] is text["image"]
     assert null.text["text"].shape == (2, 3, 4) and not null.text["text"].any() and null.text["text_mask"].shape == (2, 3)
@@ -448,7 +448,7 @@ def test_withheld_words_take_their_masks_along_and_leave_the_picture():
     B, cfg = 64, train_stage1.Config(drop=0.3, drop_text=0.2)
     text = {"text": torch.ones(B, 3, 4), "text_mask": torch.ones(B, 3, dtype=torch.bool), "vision": torch.ones(B, 5, 6)}
     empty = {"text": torch.zeros(1, 3, 4), "text_mask": torch.tensor([[True, False, False]])}
-    told = train_stage1.drop(Condition(text, Control(torch.full((B, 2), 9)), False), empty, cfg)
+    told = train_stage1.drop(Condition(text, Control(torch.full((B, 2), 9)), begins=False), empty, cfg)
     without = (told.text["text"] == 0).flatten(1).all(1)
     assert 0.3 * B < without.sum() < 0.7 * B and torch.equal(told.text["text_mask"].sum(1), torch.where(without, 1, 3))
     assert told.text["vision"].all() and not told.begins

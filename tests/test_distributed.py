@@ -194,7 +194,7 @@ def several_forwards_may_await_one_backward():
         grads = {k: whole(p.grad) for k, p in net.named_parameters()}
         with torch.no_grad():           # what this gathers must not outlive the step
             net(*clip(net))
-            descend(torch.optim.SGD(net.parameters(), 1.0), 1.0, "it")
+            descend(torch.optim.SGD(net.parameters(), 1.0), 1.0)
             results.append({"after": net(*clip(net)), **grads})
     same(results[1], results[0])
 

@@ -409,7 +409,7 @@ def test_without_a_gan_the_critic_hears_nothing_of_real_data():
 def test_the_discriminator_listens_to_the_middle_block_and_reaches_no_later_one():
     nets, modules, _ = cast("full")
     logits = nets.discriminator(torch.randn(2, 24, 6, 4, 6), torch.full((2, 6), 0.5), clip_of(nets).cond)
-    assert logits.shape == (2, 6) and nets.discriminator.tokens is None
+    assert logits.shape == (2, 6) and nets.discriminator.heard is None
     logits.sum().backward()
     reached = [any(p.grad is not None for p in block.parameters()) for block in modules["critic"].blocks]
     assert reached == [True, True, False]

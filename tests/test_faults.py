@@ -17,7 +17,6 @@ import traceback
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,6 +34,7 @@ import model
 import train_stage1 as one
 import train_stage2 as two
 from checkpoint import Run, load_checkpoint, save_checkpoint
+from control import Condition
 from weights import save
 
 ROOT = Path(common.__file__).parent
@@ -636,7 +636,7 @@ def test_each_loss_of_stage_2_that_is_not_finite_shows_in_its_gradients(monkeypa
     x = torch.ones(2, 3, 4, 2, 2)
     nets = dmd.Networks(None, student, critic, None, lambda name: nullcontext())
     recipe, mask = dmd.Recipe(1.0, 3.0, 0.02, 0.98, 4, 0, 0, 0, 0.1), torch.ones(2, 4, dtype=torch.bool)
-    clip = dmd.Clip(x * student, x, SimpleNamespace(frames=lambda *at: None), None, mask)
+    clip = dmd.Clip(x * student, x, Condition({}), Condition({}), mask)
     dmd.student_gradients(nets, recipe, clip, 4, 4)
     dmd.critic_gradients(nets, recipe, clip._replace(x0=x))
     assert student.grad.isfinite() == (bad not in ("dmd", "sft")) and critic.grad.isfinite() == (bad != "critic")

@@ -17,6 +17,7 @@ from data import WorldStream
 from encode import codec
 from flow import velocity_to_x0
 from model import ARCHITECTURES, Attention, build, load, preset
+from parallel import Layout
 from weights import ASSETS, save
 from rollout import WorldModel
 
@@ -337,7 +338,7 @@ def test_another_control_begins_where_the_file_ended(tmp_path, capsys):
 def test_stage_1_trains_a_new_control_on_a_frozen_network_and_saves_it_alone(tmp_path):
     coder, shipped = codec("tiny"), str(ASSETS / "tiny-stage1.safetensors")
     cfg = train_stage1.Config(control="adaln+prope", init=shipped, train="control", save_trained=True, out=str(tmp_path))
-    model = train_stage1.initial_model(cfg, coder, torch.device("cpu"))
+    model = train_stage1.initial_model(cfg, coder, Layout(torch.device("cpu")), torch.device("cpu"))
     optimizer, ema = train_stage1.adamw(model, cfg.lr, (0.9, 0.99), torch.device("cpu"), cfg.decay), EMA(model, 0.0)
     state = {"model": model}, {"model": optimizer}, {"model": ema}
     batch = WorldStream(coder, 0, pool=2, length=8).batch(0, 2, 8)

@@ -461,7 +461,7 @@ def test_a_recording_can_be_made_again_by_its_command(tiny, tmp_path, monkeypatc
     assert status == 200 and len(seen) == 12 + {True: 1, False: 4}[bool(start["image"])]
     program, script, *flags = shlex.split((Path(tiny.cfg.out) / f"{reply['take']}.txt").read_text())
     assert reply["command"].split()[:2] == [program, script] == ["python", "rollout.py"]
-    monkeypatch.setattr(rollout, "setup", lambda: "cpu")        # the same number of threads, for the same bits
+    monkeypatch.setattr(rollout, "setup", lambda: torch.device("cpu"))        # the same number of threads, for the same bits
     rollout.main(common.parse(rollout.Config, [*flags, "--out", str(tmp_path / "again.mp4")]))
     assert np.array_equal(iio.imread(tmp_path / "again.mp4"), seen)
 

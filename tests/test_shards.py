@@ -103,9 +103,9 @@ def test_a_batch_depends_on_seed_and_step_alone(folder):
 
 def test_two_ranks_see_together_what_one_would(folder, monkeypatch):
     whole = stream(folder).batch(5, 8, 6).x0
-    monkeypatch.setattr(data, "world_size", lambda: 2)
+    monkeypatch.setattr(data, "data_ranks", lambda: 2)
     for rank in range(2):
-        monkeypatch.setattr(data, "rank", lambda: rank)
+        monkeypatch.setattr(data, "data_rank", lambda: rank)
         assert torch.equal(stream(folder).batch(5, 4, 6).x0, whole[4 * rank:][:4])
 
 

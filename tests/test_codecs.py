@@ -418,7 +418,7 @@ class Spy(torch.nn.Module):
         super().__init__()
         self.spec, self.weight, self.told = spec, torch.nn.Parameter(torch.zeros(1)), []
 
-    def forward(self, x, sigma, text, control=None, frames=None):
+    def forward(self, x, sigma, text, control=None, memory=None, frames=None):
         self.told.append(frames)
         return x
 

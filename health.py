@@ -19,7 +19,7 @@ import world
 from common import generator, mean_over_ranks, one_line_errors, parse, provenance, rank, require_positive, setup
 from control import Condition
 from encode import codec
-from evaluate import diversity, dream, evaluate, held_out, samplers_of
+from evaluate import COLUMNS, diversity, dream, evaluate, held_out, samplers_of
 from flow import add_noise, velocity_to_x0
 from metrics import SECOND, START, drift, measure, table
 from model import load
@@ -171,9 +171,10 @@ def final_table(folder, coder, rows, clips, shipped):
     if known:
         row = json.loads(stored.read_text())["figures"][rows[0].name]
         row = {k: v for k, v in row.items() if k not in ("frechet", "ms a chunk")}      # of other counts, hardware
-        results = {f"{rows[0].name} (stored: 256 others, an earlier probe)": row, **results}
+        results = {f"{rows[0].name} (stored: 768 others)": row, **results}
     if rank() == 0:             # several come here where they share a network
-        print(f"\nPreview on {clips} held-out sequences (for acceptance: python evaluate.py)\n{table(results)}")
+        print(f"\nPreview on {clips} held-out sequences (for acceptance: python evaluate.py)",
+              table(results, COLUMNS), sep="\n")
         (folder / "preview.json").write_text(json.dumps(results, indent=1) + "\n")
 
 

@@ -260,3 +260,12 @@ def table(results, columns, what="sampler"):
     rows = [" | ".join([name, *(cell(row[c]) if c in row else "-" for c in columns)]) for name, row in results.items()]
     return "\n".join([f"| {what} | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|",
                       *(f"| {row} |" for row in rows)])
+
+
+def sweep(report):
+    """Markdown of results that were made by hand, with the commands that made them."""
+    rows = report["rows"]
+    columns = dict.fromkeys(name for row in rows.values() for name in row)
+    return (f"**{report['title']}**\n\n{table(rows, [*columns], 'row')}\n\n`{report['train']}`, "
+            f"`{report['evaluate']}`: {report['sequences']}; {report['device']}, torch {report['torch']}, "
+            f"commit {report['commit']}.")

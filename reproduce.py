@@ -21,7 +21,7 @@ from pathlib import Path
 import bench
 from claims import claims
 from common import ROOT, fail, one_line_errors, parse, require_positive
-from metrics import over_seeds, table
+from metrics import over_seeds, sweep, table
 
 RESULTS = ROOT / "results"
 LONG = "--seconds 60 --clips 64 --revisit 64 --dreams 4 --out {run}/figures.json --seeds"
@@ -218,6 +218,7 @@ def blocks():
     speed = {name: "\n".join(bench.table(json.loads((RESULTS / f"{name}.json").read_text())["rows"]))
              for name in ("forward", "train")}
     tables = {f"table {number}": table_of(number, found) for number in TABLES}
+    speed |= {f"sweep {file.stem}": sweep(json.loads(file.read_text())) for file in RESULTS.glob("sweeps/*.json")}
     return speed | tables | {"claims": claims({name: figures_of(reports) for name, reports in found.items()}, found)}
 
 

@@ -19,8 +19,9 @@ def test_every_table_has_its_place():
     text = (ROOT / "RESULTS.md").read_text()
     marks = re.findall("<!-- (.*?) -->", text)
     tables = [f"table {n}" for n in range(1, 10)]
-    assert [mark for mark in marks if mark != "end"] == ["claims", *tables, "forward", "train"]
-    assert marks.count("end") == 12
+    sweeps = [f"sweep {name}" for name in ("default", "terms", "control")]
+    assert [mark for mark in marks if mark != "end"] == ["claims", *tables, *sweeps, "forward", "train", "sweep shards"]
+    assert marks.count("end") == 16
 
 
 def test_speed_names_the_commit_of_its_json():

@@ -127,8 +127,9 @@ def _leave(me, error):
         os.write(2, f"{mine}\n".encode())
         if not isinstance(error, SystemExit):
             traceback.print_exception(error)
-        if store:                                   # last: once the others leave, torchrun ends this one too
-            store.compare_set(_key(), "", mine)
+        with contextlib.suppress(RuntimeError, OSError):    # last: once the others leave, torchrun ends this one too
+            if store:                               # which goes with rank 0, should that leave at this moment
+                store.compare_set(_key(), "", mine)
     else:                                           # most likely a broken connection: what broke it says more
         os.write(2, f"{me}: stopped, because of {first}\n".encode())
     os._exit(1)

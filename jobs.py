@@ -22,6 +22,8 @@ def plan(out, settings, items, size):
     if path.exists() and (old := json.loads(path.read_text())) != settings:
         changed = [f"{key} {old.get(key)} -> {value}" for key, value in settings.items() if old.get(key) != value]
         raise ValueError(f"{out} holds shards of other settings ({', '.join(changed)}); choose another --out")
+    for left in path.parent.glob("*.partial"):                      # by a run that was killed
+        left.unlink(missing_ok=True)
     write_text(path, json.dumps(settings, indent=1) + "\n")
     return [(path.with_name(f"shard-{i // size:05d}.safetensors"), items[i:i + size])
             for i in range(0, len(items), size)]

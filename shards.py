@@ -61,7 +61,7 @@ def write_shard(path, header, recordings, refused=()):
         clips.append({"name": r.name, "scene": r.scene, "frames": r.x0.shape[1], "text": captions.index(r.caption),
                       "cameras": r.c2w is not None})
     notes = {**header, "format": FORMAT, "actions": ACTION_SPEC, "texts": texts, "clips": clips, "refused": [*refused]}
-    partial = path.with_suffix(".partial")
+    partial = path.with_suffix(f".{os.getpid()}.partial")           # of this process: another may make the same shard
     save_file(tensors, partial, {"shard": json.dumps(notes)})   # one entry: the order of several is not defined
     replace(partial, path)
 

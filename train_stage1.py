@@ -196,11 +196,9 @@ def prepare(cfg):
     """The networks, the data and the run folder; bad input ends here with one line."""
     device = setup()
     layout = Layout(device, cfg.shard, cfg.replicas, cfg.sequence)
-    if cfg.init == "random":
-        coder = stream = RandomStream(PRESETS[cfg.backbone], cfg.seed, device)
-    else:
-        coder = codec(cfg.backbone, device)
-        stream = WorldStream(coder, cfg.seed, cfg.pool, max(48, cfg.frames), cfg.refresh * cfg.accumulate)
+    noise = RandomStream(PRESETS[cfg.backbone], cfg.seed, device) if cfg.init == "random" else None
+    coder = noise or codec(cfg.backbone, device)
+    stream = noise or WorldStream(coder, cfg.seed, cfg.pool, max(48, cfg.frames), cfg.refresh * cfg.accumulate)
     model = initial_model(cfg, coder, layout, device)
     return device, model, coder, stream, Run(cfg.out, cfg)
 

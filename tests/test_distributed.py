@@ -184,15 +184,16 @@ def several_forwards_may_await_one_backward():
     results = []
     for fields in ({}, FSDP):
         net, total = layout(**fields).place(network()), 0.0
+        optimizer = torch.optim.SGD(net.parameters(), 1.0)
         for i in range(3):
             total = total + loss_of(net(*clip(net, i)))
             with torch.no_grad():
                 net(*clip(net, 50 + i))
         total.backward()
-        grads = {k: whole(p.grad) for k, p in net.named_parameters()}
+        grads = {k: whole(p.grad).clone() for k, p in net.named_parameters()}
         with torch.no_grad():           # what this gathers must not outlive the step
             net(*clip(net))
-            descend(torch.optim.SGD(net.parameters(), 1.0), 1.0, "it")
+            descend(optimizer, 1.0, "it")
             results.append({"after": net(*clip(net)), **grads})
     same(results[1], results[0])
 

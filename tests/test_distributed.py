@@ -12,6 +12,7 @@ import traceback
 from copy import deepcopy
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -186,15 +187,16 @@ def several_forwards_may_await_one_backward():
     results = []
     for fields in ({}, FSDP):
         net, total = layout(**fields).place(network()), 0.0
+        optimizer = torch.optim.SGD(net.parameters(), 1.0)
         for i in range(3):
             total = total + loss_of(net(*clip(net, i)))
             with torch.no_grad():
                 net(*clip(net, 50 + i))
         total.backward()
-        grads = {k: whole(p.grad) for k, p in net.named_parameters()}
+        grads = {k: whole(p.grad).clone() for k, p in net.named_parameters()}
         with torch.no_grad():           # what this gathers must not outlive the step
             net(*clip(net))
-            descend(torch.optim.SGD(net.parameters(), 1.0), 1.0)
+            descend(optimizer, 1.0)
             results.append({"after": net(*clip(net)), **grads})
     same(results[1], results[0])
 
@@ -448,6 +450,13 @@ def accumulated_batches_are_one_batch(folder):
     same(line["loss"], mean_over_ranks({"x": total})["x"])
 
 
+@check
+def stage_1_measures_speed_on_random_data_and_saves_nothing(folder):
+    scripts(folder)
+    lines = losses(train_stage1, folder, "random", "--init", "random", "--shard", "fsdp", "--log_every", 1, "--frames", 8)
+    assert len(lines) == 2 and not list((folder / "random").glob("*eckpoint*")) + list((folder / "random").glob("*.safetensors"))
+
+
 def stage_2(folder, tune):
     _, two = scripts(folder)
     two = *two, "--tune", tune, "--rank", 4
@@ -466,6 +475,17 @@ def stage_2_trains_sharded_as_it_does_in_copies(folder):
 @check
 def stage_2_trains_adapters_on_a_sharded_teacher(folder):
     stage_2(folder, "lora")
+
+
+@check
+def sharded_networks_are_shown_by_all_processes_together(folder):
+    """Neither process can compute alone, and one writes. The table of many sequences is left out."""
+    _, two = scripts(folder)
+    samplers, table = train_stage2.samplers_of, train_stage2.final_table
+    train_stage2.samplers_of, train_stage2.final_table = partial(samplers, steps=1), lambda *args: None
+    losses(train_stage2, folder, "shown", *two, "--shard", "fsdp", "--preview", 1, "--steps", 1, "--gan", 0, "--teacher_fkl", 0)
+    train_stage2.samplers_of, train_stage2.final_table = samplers, table
+    assert (folder / "shown" / "compare.mp4").stat().st_size
 
 
 @check

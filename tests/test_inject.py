@@ -10,7 +10,7 @@ import inject
 import train_stage1
 import world
 from camera import between, pluecker, projections, relative
-from checkpoint import load_checkpoint, save_checkpoint
+from checkpoint import Run, load_checkpoint, save_checkpoint
 from common import EMA, descend
 from control import NO_ACTION, Control, attach, poses_from_labels
 from data import WorldStream
@@ -345,7 +345,7 @@ def test_stage_1_trains_a_new_control_on_a_frozen_network_and_saves_it_alone(tmp
     loss.backward()
     descend(optimizer, 1.0)
     ema.update(model)
-    train_stage1.save_teacher(model, ema, cfg, 1)
+    train_stage1.save_teacher(model, ema, cfg, Run(tmp_path, cfg, 1, shipped), 1)
     save_checkpoint(tmp_path, 1, *state)
     assert load_checkpoint(tmp_path, 1, *state) == 1                                    # frozen weights and all
 
@@ -354,7 +354,7 @@ def test_stage_1_trains_a_new_control_on_a_frozen_network_and_saves_it_alone(tmp
     for key, value in saved.state_dict().items():
         assert torch.equal(value, base.get(key)) == (not key.startswith("control.")) if key in base else value.abs().max() > 0
     full = train_stage1.Config(control="adaln+prope", init=shipped, train="control", out=str(tmp_path))
-    train_stage1.save_teacher(model, ema, full, 1)
+    train_stage1.save_teacher(model, ema, full, Run(tmp_path / "full", full, 1, shipped), 1)
     assert (tmp_path / "teacher.safetensors").stat().st_size > 1e7                      # whole, and needs no --init
     again = load("tiny", tmp_path / "teacher.safetensors").state_dict()
     assert all(torch.equal(value, again[key]) for key, value in saved.state_dict().items())

@@ -346,12 +346,8 @@ def test_stage_1_trains_a_new_control_on_a_frozen_network_and_saves_it_alone(tmp
     loss.backward()
     descend(optimizer, 1.0)
     ema.update(model)
-<<<<<<< HEAD
     run = Run(tmp_path, cfg, 1, cfg.init)
     train_stage1.save_teacher(model, ema, cfg, run, 1)
-=======
-    train_stage1.save_teacher(model, ema, cfg, Run(tmp_path, cfg, 1, shipped), 1)
->>>>>>> faults
     save_checkpoint(tmp_path, 1, *state)
     assert load_checkpoint(tmp_path, 1, *state) == 1                                    # frozen weights and all
 
@@ -360,11 +356,7 @@ def test_stage_1_trains_a_new_control_on_a_frozen_network_and_saves_it_alone(tmp
     for key, value in saved.state_dict().items():
         assert torch.equal(value, base.get(key)) == (not key.startswith("control.")) if key in base else value.abs().max() > 0
     full = train_stage1.Config(control="adaln+prope", init=shipped, train="control", out=str(tmp_path))
-<<<<<<< HEAD
     train_stage1.save_teacher(model, ema, full, run, 1)
-=======
-    train_stage1.save_teacher(model, ema, full, Run(tmp_path / "full", full, 1, shipped), 1)
->>>>>>> faults
     assert (tmp_path / "teacher.safetensors").stat().st_size > 1e7                      # whole, and needs no --init
     again = load("tiny", tmp_path / "teacher.safetensors").state_dict()
     assert all(torch.equal(value, again[key]) for key, value in saved.state_dict().items())

@@ -229,8 +229,8 @@ class Backbone(nn.Module):
         return x.shape
 
     def scatter(self, groups):
-        """The groups of a forward (block.py) before the blocks. Where ranks share a clip, parallel.Ulysses takes the place
-        of this and `gather`: each rank's part of every frame."""
+        """The groups of a forward (block.py) before the blocks. Where ranks share a clip, parallel.Ulysses replaces
+        this and `gather`: each rank's part of every frame."""
         return groups
 
     def gather(self, groups):

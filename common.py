@@ -146,6 +146,8 @@ def barrier():
 
 
 def shutdown():
+    """Leave the process group, all ranks together: gloo may end with an abort when a rank is still busy elsewhere."""
+    barrier()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -126,7 +126,7 @@ def rollout(net, condition, prefix, frames, sigmas, chunk, window, noise, sample
 
 
 def self_rollout(net, condition, prefix, plan, spec, sigmas, noise, grad_step, complete=True):
-    """As `rollout.self_rollout`: (samples, finished), both [B, C, plan.frames, H, W]."""
+    """As `selfforcing.self_rollout`: (samples, finished), both [B, C, plan.frames, H, W]."""
     in_window = {"grad_step": grad_step, "complete": complete}
     return chunks(net, condition, prefix, plan.frames, sigmas, spec.chunk, spec.window, noise, few_step,
                   lambda n: in_window if n > plan.first else {})

@@ -5,7 +5,6 @@ torch.distributed.checkpoint. Learning rates, random numbers and the data's posi
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -18,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 import torch.distributed.checkpoint.state_dict as dsd
 from tqdm import tqdm
 
-from common import barrier, gather, mean_over_ranks, provenance, rank, shutdown, world_size
+from common import barrier, gather, mean_over_ranks, provenance, rank, sha256, shutdown, world_size
 from control import ACTION_SPEC
 from faults import SAVE, SIGNALS
 from model import PRESETS
@@ -175,7 +174,7 @@ def save_checkpoint(folder, step, modules, optimizers, averages, keep=1):
         dcp.save(_state(modules, optimizers, averages), checkpoint_id=partial, no_dist=world_size() == 1)    # and sync
         names = [f"__{rank()}_*"] + [".metadata"] * (rank() == 0)
         files = [file for name in names for file in partial.glob(name)]
-        files = gather({file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files})
+        files = gather({file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files})
         if rank() == 0:
             files = {name: facts for part in files for name, facts in part.items()}
             write(partial / "manifest.json", json.dumps({"step": step, **provenance(), "files": files}, indent=1))
@@ -213,11 +212,6 @@ def _sweep(folder):
         shutil.rmtree(left)
 
 
-def _sha256(file):
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _reason(error):
     """The first line of what went wrong, on the first rank where it did."""
     while isinstance(error, dcp.api.CheckpointException):
@@ -248,7 +242,7 @@ def damage(path):
             wrong.append(f"{name} is missing")
         elif file.stat().st_size != facts["bytes"]:
             wrong.append(f"{name} has {file.stat().st_size} bytes, not {facts['bytes']}")
-        elif _sha256(file) != facts["sha256"]:
+        elif sha256(file) != facts["sha256"]:
             wrong.append(f"{name} has other bytes than were written")
     return next((text for part in gather(wrong) for text in part), None)
 

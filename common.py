@@ -164,6 +164,12 @@ def derive(seed, *names):
     return int.from_bytes(digest[:8], "little") >> 1
 
 
+def sha256(file):
+    """The checksum that names a file's content in everything made with it."""
+    with open(file, "rb") as reader:
+        return hashlib.file_digest(reader, "sha256").hexdigest()
+
+
 def digest(*parts):
     """Twelve hex digits that stand for `parts`, by their repr."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]

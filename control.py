@@ -20,19 +20,22 @@ import torch
 import torch.nn.functional as F
 
 from camera import check_poses, draw, invert, pluecker, pose, read_cameras, relative  # `pluecker` for those outside
+from common import digest
 from inject import attach                                                             # `attach` too
 
 # id -> (right, forward) and (up, right): what each digit of a label does
 TRANSLATIONS = ((0, 0), (0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (-1, 1), (1, -1), (-1, -1))
 ROTATIONS = ((0, 0), (1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1))
 ACTIONS = 81
-ACTION_SPEC = "biwm-81.1"           # noted in weights; another as soon as a label means another motion
 NO_ACTION = -1                      # a frame without control: the unconditional branch of guidance, or unknown motion
 
 TRANSLATION_SHARE = 0.2             # a motion shorter than this share of the step is none
 MEDIAN_SHARE = 0.05                 # the same when the step is not told: share of the clip's median motion
 ROTATION_DEGREES = 0.5              # a turn smaller than this is none
 CONE = math.cos(math.radians(60))   # within 60 degrees of an axis is along it; along two is diagonal
+# Noted in weights and in shards: another as soon as a label means another motion.
+ACTION_SPEC = f"{ACTIONS} actions, " + digest(TRANSLATIONS, ROTATIONS, CONE, TRANSLATION_SHARE, MEDIAN_SHARE,
+                                              ROTATION_DEGREES)
 KEYS = {"w": (0, 1, 0, 0), "s": (0, -1, 0, 0), "a": (-1, 0, 0, 0), "d": (1, 0, 0, 0), "still": (0, 0, 0, 0),
         "up": (0, 0, 1, 0), "down": (0, 0, -1, 0), "left": (0, 0, 0, -1), "right": (0, 0, 0, 1)}
 SEGMENT = re.compile(r"([a-z0-9+]+)\s*[-*]\s*([0-9]+)")

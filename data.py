@@ -14,8 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 import world
 from common import data_rank, data_ranks, generator
-from control import ACTIONS, Condition, Control, relative
-from shards import ACTION_SPEC, caption_states, read_index, read_shard
+from control import ACTION_SPEC, ACTIONS, Condition, Control, relative
+from shards import caption_states, read_index, read_shard
 
 
 @dataclass(frozen=True)

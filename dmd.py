@@ -258,15 +258,15 @@ def student_gradients(nets, recipe, clip, stop, chunk, share=1.0):
     with nets.using("student"):
         clip.x0.backward(share * alarm(loss) * gradient)
 
-    x0, made, null = clip.real[:, :, :stop], x0.detach()[:, :, :stop], replace(clip.null, past=clip.past)
-    cond = replace(clip.cond.frames(0, stop), past=clip.past)
+    made, dreamt = x0.detach()[:, :, :stop], clip.cond.frames(0, stop)
+    x0, cond, null = clip.real[:, :, :stop], replace(dreamt, past=clip.past), replace(clip.null, past=clip.past)
     mask = clip.mask[:, :stop] & (torch.arange(stop, device=x0.device) >= stop - chunk)
     levels = schedule(recipe.denoise * TEACHER_STEPS, recipe.shift)[:TEACHER_STEPS + 1]     # the student's first step
     terms = {"teacher_fkl": lambda: teacher_fkl_loss(nets.student, nets.teacher, x0, cond, null, levels,
                                                      recipe.guidance, mask),
              "real_fkl": lambda: real_fkl_loss(nets.student, x0, cond, recipe.draw(x0, *REAL_BAND), mask),
              "sft": lambda: sft_loss(nets.student, x0, cond, recipe.draw(x0, *SFT_BAND), mask),
-             "quant": lambda: imitation(nets.student, nets.exact, made, cond, on_frames(recipe.draw(x0), mask), mask,
+             "quant": lambda: imitation(nets.student, nets.exact, made, dreamt, on_frames(recipe.draw(x0), mask), mask,
                                         stats, recipe.quant_softmax)}
     for name, term in terms.items():
         if weight := getattr(recipe, name):

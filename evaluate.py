@@ -27,7 +27,7 @@ import causal
 import plots
 import qat
 import world
-from common import generator, one_line_errors, parse, provenance, rank, require_positive, setup
+from common import generator, one_line_errors, parse, provenance, rank, require_positive, setup, sha256
 from control import Condition, parse_actions
 from data import Trips
 from encode import codec
@@ -37,7 +37,7 @@ from metrics import (CHUNK, CONTROL, SECOND, START, TEN, bootstrap, consistency,
 from model import load
 from probe import FILE, load_probe, train_probe
 from rollout import few_step, guided, launched, ode, rollout, velocity_of
-from weights import ASSETS, default_source, sha256, weight_files
+from weights import ASSETS, default_source, weight_files
 
 HORIZON = 4 * SECOND                            # frames generated after the start, unless more are asked for
 QUICK = {"clips": 16, "seconds": 1, "revisit": 0, "dreams": 0, "seeds": 1}

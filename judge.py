@@ -16,14 +16,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from common import autocast, one_line_errors, parse, provenance, require_positive, reseed, setup
+from common import autocast, one_line_errors, parse, provenance, require_positive, reseed, setup, sha256
 from data import ShardStream
 from encode import codec
 from probe import Probe
 from flow import schedule
 from model import load
 from rollout import few_step, guided, ode, rollout, velocity_of
-from shards import sha256
 from video import compose, write_video
 
 
@@ -82,7 +81,7 @@ def dream(model, coder, batch, start, cfg):
     return coder.decode(rollout(
         velocity, batch.condition, batch.x0[:, :, :start], cfg.frames, schedule(cfg.steps, model.spec.shift),
         model.spec.chunk, model.spec.window, lambda shape: torch.randn(shape, generator=g).to(coder.device),
-        ode if cfg.ode else few_step))
+        ode if cfg.ode else few_step, model))
 
 
 def main(cfg):

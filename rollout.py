@@ -2,7 +2,7 @@
 
 A chunk of K latent frames is denoised with the clean history in front of it at sigma 0, under full bidirectional
 attention over both (BiWM, arXiv:2606.10135); then it becomes history. Nothing is cached, because the history's
-features depend on the noisy chunk.
+features depend on the noisy chunk; where history does not see the chunk (--attention self, segment), they are.
 
     python rollout.py --actions "w-8, right-12, w+left-8" --out walk.mp4
     python rollout.py --backbone wan2.1-1.3b --weights student.safetensors --image street.jpg --prompt "A street."

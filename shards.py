@@ -8,7 +8,6 @@ codec's fingerprint, the version of the labels, bytes and sha256 of the file, it
 scene, split and latent frames. A line needs no other: folders made alike merge by joining their files and indices.
 """
 
-import hashlib
 import json
 import os
 import sys
@@ -19,14 +18,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-import control
-from common import digest, one_line_errors
+from common import digest, one_line_errors, sha256
+from control import ACTION_SPEC, check_actions
 
 
 FORMAT = 1
-ACTION_SPEC = f"{control.ACTIONS} actions, " + digest(control.TRANSLATIONS, control.ROTATIONS, control.CONE,
-                                                      control.TRANSLATION_SHARE, control.MEDIAN_SHARE,
-                                                      control.ROTATION_DEGREES)
 
 
 @dataclass(frozen=True)
@@ -48,7 +44,7 @@ def write_shard(path, header, recordings, refused=()):
     [{name, result, detail}] which others there would have been; both are in the file's metadata, with the clips."""
     tensors, texts, clips = {}, [], []
     for i, r in enumerate(recordings):
-        parts = {"x0": r.x0.bfloat16(), "actions": control.check_actions(r.actions).to(torch.int8)}
+        parts = {"x0": r.x0.bfloat16(), "actions": check_actions(r.actions).to(torch.int8)}
         if r.c2w is not None:
             parts |= {"c2w": r.c2w.float(), "K": r.K.float()}
         tensors |= {f"{i}.{key}": part.cpu().clone().contiguous() for key, part in parts.items()}
@@ -92,11 +88,6 @@ def notes_of(path):
     """What `write_shard` noted in a file."""
     with safe_open(path, "pt") as file:
         return json.loads(file.metadata()["shard"])
-
-
-def sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_index(folder, held_out):

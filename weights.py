@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from common import on_host, rank
+from common import on_host, rank, sha256
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -55,12 +55,6 @@ def weight_files(source, spec):
         raise OSError(f"{folder} has {len(files)} safetensors files and {len(index)} indices, not {spec.file} of "
                       f"{spec.name}; give the file itself")
     return files
-
-
-def sha256(file):
-    """The checksum that names a file's content in everything made with it."""
-    with open(file, "rb") as reader:
-        return hashlib.file_digest(reader, "sha256").hexdigest()
 
 
 def fingerprint(source, spec):

@@ -1,6 +1,7 @@
 """Stage 2's losses: gradients are the equations, each term learns what it is for, no network learns from another's."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -364,6 +365,27 @@ def clip_of(nets, rows=slice(None)):
     made = nets.student(noise, torch.ones(len(noise), 6), cond)
     x0 = torch.where(WHERE[rows][:, None, :, None, None], made, real)
     return Clip(x0, real, cond, cond.null({"text": torch.zeros(len(real), 3, 64)}), WHERE[rows])
+
+
+def test_what_was_dreamt_stands_behind_the_dreamt_past_and_what_was_real_behind_the_real_one(monkeypatch):
+    nets, *_ = cast("full")
+    clip, pasts = clip_of(nets), {}
+    clip = clip._replace(cond=replace(clip.cond, past="dreamt"), null=replace(clip.null, past="dreamt"), past="real")
+
+    def watch(name, at):
+        def loss(*args):
+            pasts[name] = [args[i].past for i in at]
+            return next(args[0].module.parameters()).sum()
+        monkeypatch.setattr(dmd, name, loss)
+    watched = lambda module: type("V", (), {"module": module, "__call__": lambda self, *args: None})()
+    nets = nets._replace(student=watched(nn.Linear(1, 1)), exact=watched(nn.Linear(1, 1)))
+    monkeypatch.setattr(dmd, "dmd_loss", lambda t, c, x0, cond, *rest: (
+        pasts.update(dmd_loss=[cond.past, rest[0].past]) or x0.sum(), {}))
+    for name, at in (("teacher_fkl_loss", (3, 4)), ("real_fkl_loss", (2,)), ("sft_loss", (2,)), ("imitation", (3,))):
+        watch(name, at)
+    student_gradients(nets, ALL._replace(gan=0.0, quant=1.0), clip, 4, 2)
+    assert pasts == {"dmd_loss": ["dreamt"] * 2, "teacher_fkl_loss": ["real"] * 2, "real_fkl_loss": ["real"],
+                     "sft_loss": ["real"], "imitation": ["dreamt"]}
 
 
 @pytest.mark.parametrize("tune", ["full", "lora"])

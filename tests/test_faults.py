@@ -34,7 +34,7 @@ import model
 import train_stage1 as one
 import train_stage2 as two
 from checkpoint import Run, load_checkpoint, save_checkpoint
-from control import Condition
+from control import ACTION_SPEC, Condition
 from weights import save
 
 ROOT = Path(common.__file__).parent
@@ -454,7 +454,7 @@ def test_weights_can_be_taken_out_at_any_time(small, monkeypatch):
             notes, its = file.metadata(), other.metadata()
         for note in {"stage", "backbone", "parent", "actions", "config", "commit", "seed"}:
             assert notes[note] == its[note] and notes[note], note
-        assert notes["actions"] == "biwm-81.1" and notes["step"] == "3" and json.loads(notes["config"])["pool"] == 2
+        assert notes["actions"] == ACTION_SPEC and notes["step"] == "3" and json.loads(notes["config"])["pool"] == 2
         assert notes["parent"] == ("random" if module is one else checkpoint._sha256(small / "teacher.safetensors"))
         if module is two:
             export.export(export.Config(str(small / name), str(small / "critic.safetensors"), "critic"))

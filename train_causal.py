@@ -94,6 +94,11 @@ def distil(cfg, net, nets, recipe, optimizers, batch, plan, grad_step, empty):
     return notes | {"std": x0.detach()[:, :, plan.start:].std() / batch.x0[:, :, plan.start:].std()}
 
 
+def learning_rate(step, cfg):
+    """Of the student: --forcing_lr at first, in a line down to --lr, that of DMD, when teacher forcing ends."""
+    return (cfg.forcing_lr - cfg.lr) * max(0, 1 - step / max(1, cfg.forcing)) + cfg.lr
+
+
 @together()
 def main(cfg):
     with one_line_errors():
@@ -117,8 +122,7 @@ def main(cfg):
         batch = stream.batch(step, cfg.forcing_batch if forcing else cfg.batch, plan.frames)
         if plan.start <= 1 or shared.random() < 0.5:        # nothing is known of a motion before the start
             batch.condition.control.actions[:, 0] = 0
-        rate = (cfg.forcing_lr - cfg.lr) * max(0, 1 - step / max(1, cfg.forcing)) + cfg.lr
-        optimizers["student"].param_groups[0]["lr"] = rate
+        optimizers["student"].param_groups[0]["lr"] = learning_rate(step, cfg)
         if forcing:
             loss = forcing_loss(net, batch.x0, batch.condition)
             loss.backward(alarm(loss))

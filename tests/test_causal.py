@@ -125,6 +125,25 @@ def test_distillation_has_gradient_through_one_step_and_none_through_history(net
     net.model.zero_grad()
 
 
+@torch.no_grad()
+def test_what_is_remembered_in_training_is_what_playing_would_have_made(net):
+    """Not the early x0 of the step with a gradient, which is what the loss sees."""
+    x0, told = clip(12)
+    plan = draw_plan(random.Random(0), net.spec, 12, 0.0, 0.0)
+    noise = lambda: (lambda shape, g=torch.Generator().manual_seed(3): torch.randn(shape, generator=g))
+    start, levels, spec = x0[:, :, :plan.start], schedule(2, 3.0), net.spec
+    samples, finished = causal.self_rollout(net, told, start, plan, spec, levels, noise(), 0)
+    played = causal.rollout(net, told, start, plan.frames, levels, spec.chunk, spec.window, noise())
+    assert torch.equal(finished, played) and not torch.equal(samples, finished)
+
+
+def test_the_learning_rate_falls_in_a_line_to_that_of_distillation():
+    cfg = train_causal.Config(forcing=10, forcing_lr=3e-4, lr=1e-4)
+    rates = [train_causal.learning_rate(step, cfg) for step in (0, 5, 10, 40)]
+    assert rates == pytest.approx([3e-4, 2e-4, 1e-4, 1e-4])
+    assert train_causal.learning_rate(0, train_causal.Config(forcing=0)) == pytest.approx(train_causal.Config.forcing_lr)
+
+
 def test_it_refuses_what_it_cannot_cache():
     with pytest.raises(ValueError, match="control adaln.*has prope"):
         Causal(build("tiny", "prope", dim=24, heads=2, ffn=32, layers=1))

@@ -127,6 +127,15 @@ def test_rows_without_references_and_bad_settings(small):
             ev.Config(**wrong)
 
 
+def test_a_chunks_time_is_that_of_one_player_when_all_is_warm(monkeypatch):
+    trips, told = ev.held_out(3, 5, 12), []
+    clock = iter([0.0, 10.0, 12.0])
+    monkeypatch.setattr(ev.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(ev, "dream", lambda sampler, coder, trips, video, seed: told.append((len(trips.maps), video.shape)))
+    ms = ev.latency(None, None, trips, torch.zeros(3, 16, 8, 8, 3, dtype=torch.uint8))
+    assert told == [(1, (1, 12, 8, 8, 3))] * 2 and ms == 1000                           # two seconds for two chunks
+
+
 def test_a_still_world_is_compared_with_its_reconstruction(small):
     sampler = ev.Sampler("student", ev.load(), 1, 1.0, False)
     assert ev.still(sampler, codec("tiny"), 2, 0)[0] < 40                               # an untrained one cannot copy

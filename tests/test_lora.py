@@ -154,7 +154,7 @@ def rounded(activations):
         nn.init.normal_(p, std=0.1)
     model = qat.apply(copy.deepcopy(plain), "nvfp4-w4a4" if activations else "nvfp4")
     torch.manual_seed(1)
-    adapters = qat.RoundedAdapters(model, ("student", "critic"), 4)
+    adapters = qat.RoundedAdapters(model, ("student", "critic"), 4, alpha=2)
     for one in adapters.sets.values():
         for p in one.parameters():
             nn.init.normal_(p, std=0.3)
@@ -178,6 +178,15 @@ def test_on_a_rounded_base_the_student_is_what_its_merged_weights_are_after_roun
 
 
 @torch.no_grad()
+def test_the_names_of_rounding_round_what_they_say():
+    plain, *_ = rounded(False)
+    results = [velocity_of(qat.apply(copy.deepcopy(plain), name))(X, SIGMA, CONDITION)
+               for name in ("none", "nvfp4", "nvfp4-w4a4")]
+    errors = [float((y - results[0]).norm() / results[0].norm()) for y in results]
+    assert errors[0] == 0 < errors[1] < errors[2]                                       # activations add theirs
+
+
+@torch.no_grad()
 def test_on_a_rounded_base_all_but_the_student_are_exact():
     plain, model, adapters = rounded(True)
     teacher, critic = (adapters.velocity(velocity_of(model), name)(X, SIGMA, CONDITION) for name in (None, "critic"))
@@ -192,7 +201,7 @@ def test_on_a_rounded_base_all_but_the_student_are_exact():
 
 def adapted_copy(model, adapters):
     """Ordinary adapters on an unrounded `model`, with the values of `adapters`."""
-    exact = Adapters(model, tuple(adapters.sets), 4)
+    exact = Adapters(model, tuple(adapters.sets), 4, alpha=2)
     for name, one in exact.sets.items():
         one.load_state_dict(adapters.sets[name].state_dict())
     return exact

@@ -1,10 +1,12 @@
 """A network launched as CUDA graphs gives what it gives when launched kernel by kernel."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 
+import rollout
 from control import Condition, Control
 from model import build
 from graphs import flatten, replayed
@@ -45,13 +47,33 @@ def test_each_set_of_shapes_is_recorded_once_and_replayed_on_what_is_given(monke
                        ("stream", lambda s: torch.no_grad())):
         monkeypatch.setattr(torch.cuda, name, stub)
     fast = replayed(velocity, "cuda")
-    for frames, seed, cameras in ((4, 0, True), (4, 1, True), (8, 2, True), (4, 3, False), (4, 4, True)):
+    for frames, seed, cameras, begins in ((4, 0, True, True), (4, 1, True, True), (8, 2, True, True),
+                                          (4, 3, False, True), (4, 5, True, False), (4, 4, True, True)):
         args = inputs(frames, seed, cameras=cameras)
+        args = *args[:2], replace(args[2], begins=begins)
         fast(*args)
         held, given = flatten(replayed_on[-1]), flatten(args)
         assert held.keys() == given.keys()
         assert all(held[k] is leaf or torch.equal(held[k], leaf) and held[k] is not leaf for k, leaf in given.items())
-    assert len(calls) == 2 * 3                          # a first call and a recording: two lengths, and no control
+    assert len(calls) == 2 * 4          # a first call and a recording: two lengths, no control, a video that goes on
+    fast(*args[:2], replace(args[2], past=object()))
+    fast(*args[:2], replace(args[2], past=object()))
+    assert len(calls) == 2 * 4 + 2                      # a history that is compressed on the way: called as it is
+
+
+def test_small_networks_that_are_alone_are_replayed(monkeypatch):
+    seen = []
+    monkeypatch.setattr(rollout, "replayed", lambda velocity, device: seen.append(velocity) or velocity)
+    tiny = build("tiny", layers=1)
+    launched = rollout.launched(tiny)
+    assert seen == [launched]
+    tiny.spec = replace(tiny.spec, dim=rollout.LARGE)                                   # keeps a GPU busy by itself
+    rollout.launched(tiny)
+    rollout.launched(build("hunyuan1.5-8b", dim=64, heads=4, ffn=64, layers=1, text_dim=16, rope_dims=(4, 6, 6)))
+    tiny.spec = replace(tiny.spec, dim=192)
+    monkeypatch.setattr(rollout, "world_size", lambda: 2)
+    rollout.launched(tiny)
+    assert len(seen) == 1
 
 
 def test_on_a_processor_nothing_changes():

@@ -32,6 +32,19 @@ x0 = torch.randn(B, 2, T, 1, 2, generator=torch.Generator().manual_seed(0))
 CONDITION = Condition({"text": torch.ones(B, 3, 5)}, Control(torch.full((B, T), 9)))
 
 
+def test_biases_and_norms_are_not_decayed_and_what_is_frozen_is_not_trained():
+    net = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3), nn.Linear(3, 1))
+    net[2].requires_grad_(False)
+    optimizer = common.adamw(net, 0.1, (0.0, 0.9), torch.device("cpu"), decay=0.5)
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)                                                    # decay alone moves anything
+    optimizer.step()
+    moved = {name for name, p in net.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {"0.weight"}
+    torch.testing.assert_close(net[0].weight, (1 - 0.1 * 0.5) * before["0.weight"])
+
+
 def test_prefixes_are_clean_at_sigma_zero_and_outside_the_loss():
     torch.manual_seed(0)
     seen = {}

@@ -2,6 +2,7 @@
 
     python bench.py forward                                     # the official backbones at native size, one clip
     python bench.py train                                       # forward and backward with activation checkpointing
+    python bench.py forward --backbone tiny --no-compile        # the embedded world's network, on a CPU too
     python bench.py plan --stage 2 --gpus 8 --shard fsdp        # what a training step will take, by arithmetic: plan.py
 
 Weights are random. A row's ceiling is its linear layers and its attention, once, at the best rates seen in the run.
@@ -11,7 +12,6 @@ import gc
 import json
 import statistics
 import sys
-import time
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch.nn.attention import sdpa_kernel
 
 import plan
-from common import fail, one_line_errors, parse, provenance, require_positive
+from common import autocast, fail, one_line_errors, parse, provenance, require_positive, setup, timed
 from parallel import checkpoint_blocks, compile_blocks
 from block import FASTEST, attention
 from model import PRESETS, build_on, flops, preset
@@ -31,6 +31,8 @@ from model import PRESETS, build_on, flops, preset
 TEXT = {"hunyuan": 300}                     # valid text tokens of a usual prompt; other backbones always see text_len
 TINY = dict(dim=64, heads=4, ffn=128, layers=2, freq_dim=32, text_dim=64, rope_dims=(4, 6, 6), size=(9, 64, 96))
 PATIENCE = 4000                             # ms: a repetition ends after the call that passes it
+GPU = torch.cuda.is_available()
+DTYPE = torch.bfloat16 if GPU else torch.float32        # that networks compute in
 
 
 @dataclass(frozen=True)
@@ -51,35 +53,21 @@ class Config:
 
 # ---- Timing ----------------------------------------------------------------------------------------------------------
 
-def timed(call, device):
-    """Milliseconds of one call."""
-    if device.type == "cpu":
-        begin = time.perf_counter()
-        call()
-        return 1000 * (time.perf_counter() - begin)
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    call()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end)
-
-
 def measure(call, device, repeats):
     """Median time of a call after a first one, which compiles, and those of two repetitions; peak memory of the GPU."""
-    first, repetitions = timed(call, device), ([], [])
+    (first, _), repetitions = timed(call, device), ([], [])
     for times in repetitions:
         while len(times) < repeats and sum(times) < PATIENCE:
-            times.append(timed(call, device))
+            times.append(timed(call, device)[0])
     return {"ms": statistics.median(sum(repetitions, [])), "repetitions": repetitions, "first_s": first / 1000,
             "peak_gib": torch.cuda.max_memory_allocated() / 2 ** 30}
 
 
 def ceilings(device, tiny):
-    """The best rates in TFLOP/s: bf16 matrix multiplication, attention forward, attention forward and backward."""
-    n, heads, tokens, width = (64, 2, 64, 16) if tiny else (8192, 24, 32768, 128)
-    a, b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16)
-    q, k, v, g = torch.randn(4, 1, heads, tokens, width, device=device, dtype=torch.bfloat16)
+    """The best rates in TFLOP/s: matrix multiplication, attention forward, attention forward and backward."""
+    n, heads, tokens, width = (64, 2, 64, 16) if tiny else (8192, 24, 32768, 128) if GPU else (2048, 6, 288, 32)
+    a, b = torch.randn(2, n, n, device=device, dtype=DTYPE)
+    q, k, v, g = torch.randn(4, 1, heads, tokens, width, device=device, dtype=DTYPE)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     work = 4 * heads * width * tokens ** 2                              # and 2.5 times as much backward
     calls = {"matmul": (2 * n ** 3, lambda: a @ b), "attention": (work, lambda: attention(q, k, v)),
@@ -106,8 +94,8 @@ def example(spec, device):
 
 
 def our_call(name, device, fields, compiled, checkpointing):
-    """A forward with bf16 weights, or with `checkpointing` a forward and backward with fp32 weights, as we train."""
-    model = random_model(name, device, torch.float32 if checkpointing else torch.bfloat16, **fields)
+    """A forward with weights in DTYPE, or with `checkpointing` a forward and backward with fp32 weights, as we train."""
+    model = random_model(name, device, torch.float32 if checkpointing else DTYPE, **fields)
     if checkpointing:
         checkpoint_blocks(model, keep_attention=checkpointing == "selective")
     if compiled:
@@ -115,7 +103,7 @@ def our_call(name, device, fields, compiled, checkpointing):
     x, sigma, text = example(model.spec, device)
 
     def velocity():
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device):
             return model(x, sigma, {"text": text})
     return partial(step, model, velocity, checkpointing)
 
@@ -168,13 +156,13 @@ def ltx_peer(library, p, x, text):
 
 
 def peer_call(name, device, fields, compiled, checkpointing):
-    """The same work by diffusers, all in bf16, attention by the same kernels."""
+    """The same work by diffusers, all in what we compute in, attention by the same kernels."""
     import diffusers
     spec = preset(name, **fields)
-    x, _, text = (y.bfloat16() for y in example(spec, device))
+    x, _, text = (y.to(DTYPE) for y in example(spec, device))
     make = {"wan": wan_peer, "hunyuan": hunyuan_peer, "ltx": ltx_peer}[spec.arch]
     try:
-        torch.set_default_dtype(torch.bfloat16)
+        torch.set_default_dtype(DTYPE)
         with torch.device(device):
             model, blocks, inputs = make(diffusers, spec, x, text)
     finally:
@@ -184,7 +172,7 @@ def peer_call(name, device, fields, compiled, checkpointing):
     for block in blocks if compiled else ():
         block.compile(dynamic=False)
     call = partial(step, model, lambda: model(**inputs, return_dict=False)[0], checkpointing)
-    return sdpa_kernel(FASTEST, set_priority=True)(call)
+    return sdpa_kernel(FASTEST, set_priority=True)(call) if GPU else call
 
 
 # ---- Rows ------------------------------------------------------------------------------------------------------------
@@ -226,23 +214,24 @@ def table(rows):
              "|---|---|---|---|---:|---:|---:|---:|---:|"]
     for r in rows:
         cells = ["out of memory", *"----"] if r["ms"] is None else [
-            f"{r['ms']:.1f}", f"{1000 * r['tflop'] / r['ms']:.0f}", f"{r['ceiling_ms'] / r['ms']:.0%}",
+            f"{r['ms']:.1f}", f"{1000 * r['tflop'] / r['ms']:.3g}", f"{r['ceiling_ms'] / r['ms']:.0%}",
             f"{r['peak_gib']:.1f}", f"{r['first_s']:.1f}"]
         lines.append("| " + " | ".join([r["backbone"], str(r["size"])[1:-1], r["who"], r["how"], *cells]) + " |")
     return lines
 
 
 def main(mode, cfg):
-    if not torch.cuda.is_available() and not cfg.tiny:
-        fail("this measures a GPU and there is none; --tiny shows that it runs")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = setup()
+    if not GPU and not cfg.tiny and "/" in preset(cfg.backbone or "wan2.1-1.3b").source:
+        fail("this measures a GPU and there is none; --backbone tiny fits a CPU, --tiny shows that it runs")
     rates = ceilings(device, cfg.tiny)
-    print(f"{provenance()['device']}, torch {torch.__version__}; TFLOP/s", {k: round(v) for k, v in rates.items()})
+    print(f"{provenance()['device']}, torch {torch.__version__}; TFLOP/s, at the best:",
+          ", ".join(f"{name} {rate:.3g}" for name, rate in rates.items()))
     rows = []
     for job in jobs(mode, cfg):
         gc.collect()                                    # the last model
         torch._dynamo.reset()
-        if device.type == "cuda":
+        if GPU:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         rows.append(row(mode, cfg, device, rates, *job))

@@ -12,7 +12,6 @@ With --out x.json it also writes x.md, the tables, and x-*.png, the pictures of 
 """
 
 import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -27,7 +26,7 @@ import causal
 import plots
 import qat
 import world
-from common import generator, one_line_errors, parse, provenance, rank, require_positive, setup, sha256
+from common import generator, one_line_errors, parse, provenance, rank, require_positive, setup, sha256, timed
 from control import Condition, parse_actions
 from data import Trips
 from encode import codec
@@ -97,10 +96,8 @@ def dream(sampler, coder, trips, video, seed, piece=128):
 
 def latency(sampler, coder, trips, video, chunks=2):
     """Milliseconds a chunk for one player, from an 8-frame history on; of a second time, when all is warm."""
-    for _ in range(2):
-        begin = time.perf_counter()
-        dream(sampler, coder, trips.part(0, 1), video[:1, :START + chunks * CHUNK], 0)
-    return 1000 * (time.perf_counter() - begin) / chunks
+    go = lambda: dream(sampler, coder, trips.part(0, 1), video[:1, :START + chunks * CHUNK], 0)
+    return [timed(go, coder.device)[0] for _ in range(2)][1] / chunks
 
 
 def still(sampler, coder, clips, seed):

@@ -1,28 +1,22 @@
-"""Is a stage-2 run well? Statistics against real data at every update, validation now and then; its students at length.
+"""Is a stage-2 run well? Statistics against real data at every update, validation now and then.
 
 The statistics are of latents, so that they cost little with any backbone. Validation has fixed seeds: successive
 figures and pictures of a run, and those of other runs, compare.
-
-    python health.py --students runs/a/student.safetensors,runs/b/student.safetensors --seconds 60
 """
 
 import json
 import math
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 
 import world
-from common import generator, mean_over_ranks, one_line_errors, parse, provenance, rank, require_positive, setup
+from common import generator, mean_over_ranks, rank
 from control import Condition
-from encode import codec
-from evaluate import COLUMNS, diversity, dream, evaluate, held_out, samplers_of
+from evaluate import COLUMNS, dream, evaluate, held_out
 from flow import add_noise, velocity_to_x0
-from metrics import SECOND, START, drift, measure, table
-from model import load
+from metrics import SECOND, START, measure, table
 from probe import load_probe
 from weights import ASSETS
 from video import draw_keys, write_video
@@ -196,55 +190,3 @@ def curves(folder):
         axis.axis("off")
     figure.savefig(folder / "curves.png", dpi=110)
     plt.close(figure)
-
-
-# ---- Students at length: drift by ten seconds, diversity over seeds --------------------------------------------------
-
-SHOWN = ("both all", "frechet", "sharpness", "motion", "saturation", "seam", "psnr 1s", "psnr 2s", "psnr 4s",
-         "diversity")
-
-
-@dataclass(frozen=True)
-class Config:
-    """Students over long rollouts, by ten seconds, and their diversity over seeds relative to the teacher's."""
-    backbone: str = "tiny"      # a preset with the tiny codec
-    teacher: str = ""           # stage-1 weights; empty: the shipped teacher
-    students: str = ""          # stage-2 weights, separated by commas; empty: the shipped student
-    clips: int = 64             # held-out sequences
-    seconds: int = 60           # length of a rollout
-    seeds: int = 4              # dreams of the same four seconds, for diversity
-    out: str = ""               # write the figures as JSON
-
-    def __post_init__(self):
-        require_positive(self, "clips", "seconds")
-        if self.seeds < 2:
-            raise ValueError(f"--seeds must be 2 or more for a spread, got {self.seeds}")
-
-
-def main(cfg):
-    device = setup()
-    with one_line_errors():
-        probe, coder, teacher = load_probe(device), codec(cfg.backbone, device), load(cfg.backbone, cfg.teacher, device)
-        files = cfg.students.split(",") if cfg.students else [ASSETS / f"{cfg.backbone}-student.safetensors"]
-        students = {str(file): load(cfg.backbone, file, device) for file in files}
-        if cfg.out:
-            Path(cfg.out).touch()
-    long, short = held_out(cfg.clips, SEED, cfg.seconds * SECOND), held_out(cfg.clips, SEED)
-    truth, view = long.video(device).cpu(), short.video(device).cpu()
-    coded, results = coder.decode(coder.encode(truth)), {}
-    guided, *_ = samplers_of(teacher, [], teacher.spec.guidance)
-    reference = diversity(guided, coder, short, view, cfg.seeds, SEED)
-    for name, model in students.items():
-        sampler = samplers_of(teacher, [model], 1.0)[2]
-        rows = drift(dream(sampler, coder, long, truth, SEED), coded, long, probe)
-        spread = diversity(sampler, coder, short, view, cfg.seeds, SEED)
-        next(iter(rows.values()))["diversity"] = [x / reference[0] for x in spread]     # of the first four seconds
-        results |= {f"{name}, {when}": row for when, row in rows.items()}
-        print(f"\n{cfg.clips} held-out sequences\n{table(results, SHOWN)}")
-        if cfg.out:
-            report = {"settings": vars(cfg), **provenance(), "rows": results}
-            Path(cfg.out).write_text(json.dumps(report, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main(parse(Config))

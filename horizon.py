@@ -8,13 +8,12 @@ Weights are random and the past is noise, so any backbone can be measured; the l
 
 import gc
 import json
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from common import one_line_errors, parse, provenance, require_positive, reseed, setup
+from common import one_line_errors, parse, provenance, require_positive, reseed, setup, timed
 from compress import Settings, attach
 from control import Condition, Control
 from data import RandomStream
@@ -84,13 +83,9 @@ def measure(model, history, text, cfg):
         told = Condition(text, Control(torch.zeros(1, n + K - begin, dtype=torch.long, device=device)))
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-            torch.cuda.synchronize()
-        clock = time.perf_counter()
-        chunks(velocity, told, history, n + K, sigmas, K, lambda shape: torch.randn(shape, device=device), few_step,
-               lambda n: {}, begin)
-        if cuda:
-            torch.cuda.synchronize()
-        times.append(1000 * (time.perf_counter() - clock))
+        noise = lambda shape: torch.randn(shape, device=device)
+        go = lambda: chunks(velocity, told, history, n + K, sigmas, K, noise, few_step, lambda n: {}, begin)
+        times.append(timed(go, device)[0])
     return {"ms": sorted(times[1:])[len(times[1:]) // 2], "times": times,
             "peak_gib": torch.cuda.max_memory_allocated() / 2 ** 30 if cuda else None,
             "kept_mib": (history.latents.nbytes + history.first.nbytes) / 2 ** 20,

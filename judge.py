@@ -12,14 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm
 
-from common import autocast, one_line_errors, parse, provenance, require_positive, reseed, setup, sha256
+from common import one_line_errors, parse, provenance, require_positive, setup, sha256
 from data import ShardStream
 from encode import codec
-from probe import Probe
+from probe import Probe, learnt
 from flow import schedule
 from model import load
 from rollout import few_step, guided, ode, rollout, velocity_of
@@ -49,20 +47,10 @@ class Config:
 
 def train_probe(stream, coder, steps, batch=512):
     """A probe of the motions in `stream`, whose frames it sees through the codec."""
-    reseed(0, "probe")
-    probe = Probe().to(coder.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(probe.parameters(), weight_decay=0.01)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps + 1, pct_start=0.05)
-    for step in tqdm(range(steps), desc="probe"):
-        clips = stream.batch(step, batch, 2)
-        with autocast(coder.device):
-            logits, _ = probe(coder.decode(clips.x0).to(coder.device))                  # [B, 1, 2, 9]
-        truth, (move, turn) = clips.condition.control.actions[:, 1], logits.float()[:, 0].unbind(1)
-        (F.cross_entropy(move, truth // 9) + F.cross_entropy(turn, truth % 9)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        rate.step()
-    return probe.eval()
+    def clips(step):
+        batched = stream.batch(step, batch, 2)
+        return coder.decode(batched.x0), batched.condition.control.actions
+    return learnt(clips, steps, coder.device)
 
 
 def obeyed(probe, video, actions):

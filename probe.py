@@ -5,6 +5,8 @@ key when the probe reads that motion in it. Its early features give the Frechet 
 makes assets/probe.safetensors.
 """
 
+from types import SimpleNamespace
+
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -53,27 +55,37 @@ class Probe(nn.Module):
         return torch.cat([l.argmax(-1).cpu() for l, _ in out]), torch.cat([f.double().cpu() for _, f in out])
 
 
-def train_probe(steps, path, device, batch=1024, length=8):
-    """Train on real pairs, half of them through the codec; the last weights go to `path`."""
+def learnt(clips, steps, device):
+    """A probe after so many `steps`; `clips(step)` gives uint8 video [B, T, H, W, 3] and the labels [B, T] in it."""
     reseed(0, "probe")
-    probe, coder = Probe().to(device, memory_format=torch.channels_last), codec("tiny", device)
+    probe = Probe().to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(probe.parameters(), weight_decay=0.01)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.05)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps + 1, pct_start=0.05)
     for step in tqdm(range(steps), desc="probe"):
-        if step % 500 == 0:
-            trips = Trips(*world.explore(4 * batch, length, generator(step, "probe")))
-            real = torch.cat([trips.part(i, i + 512).video(device) for i in range(0, len(trips.maps), 512)])
-            coded = torch.cat([coder.decode(coder.encode(piece)).to(device) for piece in real.split(512)])
-        pick, at = torch.randint(len(real), (batch // 2,), device=device), torch.randint(length - 2, (1,)).item()
+        video, labels = clips(step)
         with autocast(device):
-            logits, _ = probe((coded if step % 2 else real)[pick, at:at + 3])           # [B/2, 2, 2, 9]
-        truth = trips.actions.to(device)[pick, at + 1:at + 3].flatten()                 # [B]
-        move, turn = logits.float().flatten(0, 1).unbind(1)                             # each [B, 9]
+            logits, _ = probe(video.to(device))                                         # [B, T-1, 2, 9]
+        truth, (move, turn) = labels[:, 1:].flatten(), logits.float().flatten(0, 1).unbind(1)
         (F.cross_entropy(move, truth // 9) + F.cross_entropy(turn, truth % 9)).backward()
         optimizer.step()
         optimizer.zero_grad()
         rate.step()
-    save_file({k: v.cpu().contiguous() for k, v in probe.state_dict().items()}, path)
+    return probe.eval()
+
+
+def train_probe(steps, path, device, batch=1024, length=8):
+    """Train on real clips of the embedded world, half of them through the codec; the last weights go to `path`."""
+    coder, pool = codec("tiny", device), SimpleNamespace()
+
+    def clips(step):
+        if step % 500 == 0:
+            trips = Trips(*world.explore(4 * batch, length, generator(step, "probe")))
+            real = torch.cat([trips.part(i, i + 512).video(device) for i in range(0, len(trips.maps), 512)])
+            coded = torch.cat([coder.decode(coder.encode(piece)).to(device) for piece in real.split(512)])
+            pool.labels, pool.videos = trips.actions.to(device), (real, coded)
+        pick, at = torch.randint(4 * batch, (batch // 2,), device=device), torch.randint(length - 2, (1,)).item()
+        return pool.videos[step % 2][pick, at:at + 3], pool.labels[pick, at:at + 3]
+    save_file({k: v.cpu().contiguous() for k, v in learnt(clips, steps, device).state_dict().items()}, path)
 
 
 def load_probe(device, path=FILE):

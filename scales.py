@@ -180,5 +180,5 @@ def main(kind, grid="30x52", frames="2400"):
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in SIZES:
-        sys.exit(f"usage: python compress.py {'|'.join(SIZES)} [30x52 [2400]]")
+        sys.exit(f"usage: python scales.py {'|'.join(SIZES)} [30x52 [2400]]")
     main(*sys.argv[1:])

@@ -159,6 +159,6 @@ def main(folder):
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python data.py FOLDER")
+        sys.exit("usage: python shards.py FOLDER")
     with one_line_errors():
         main(sys.argv[1])

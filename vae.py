@@ -13,7 +13,6 @@ first latent frame of a stream is one pixel frame, each later one is 4 (LTX: 8).
 """
 
 import sys
-import time
 from functools import partial
 from types import SimpleNamespace
 
@@ -21,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from common import autocast, one_line_errors, optional, setup
+from common import autocast, one_line_errors, optional, setup, timed
 from model import preset
 from weights import component
 
@@ -226,16 +225,6 @@ LTX23 = {"block_out_channels": (256, 512, 1024, 1024), "layers_per_block": (4, 6
          "upsample_residual": (False,) * 4, "upsample_factor": (2, 2, 1, 2), "decoder_causal": False,
          "decoder_spatial_padding_mode": "zeros"}
 OFFICIAL = {"wan2.1-1.3b": {}, "wan2.2-5b": WAN22, "hunyuan1.5-8b": {}, "ltx2.3-22b": LTX23}       # arguments
-
-
-def timed(function, device):
-    """Milliseconds of a call, and what it returns."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    begin = time.perf_counter()
-    result = function()
-    wait()
-    return 1000 * (time.perf_counter() - begin), result
 
 
 def measure(name, device, size=None):

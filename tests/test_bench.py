@@ -88,6 +88,6 @@ def test_out_of_memory_is_a_row_and_not_the_end(monkeypatch, capsys):
 
 def test_without_a_gpu_it_refuses_in_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="this measures a GPU and there is none; --tiny shows that it runs") as error:
+    with pytest.raises(SystemExit, match="this measures a GPU and there is none; --backbone tiny fits a CPU") as error:
         bench.main("forward", parse(bench.Config, []))
     assert "\n" not in str(error.value)

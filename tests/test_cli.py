@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 import checkpoint
 import common
 import evaluate
-import health
 import networks
 import play
 import rollout
@@ -175,7 +174,7 @@ BAD = [("train_stage1.py", ["--stepz", "3"], "--stepz"), ("train_stage1.py", ["-
        ("rollout.py", ["--actions", "w-3, q-2"], "column 6"), ("rollout.py", ["--out", "walk.txt"], ".mp4 or .gif"),
        ("rollout.py", ["--weights", "/gone.safetensors"], "/gone.safetensors"), ("rollout.py", ["--steps", "0"], "--steps"),
        ("rollout.py", ["--out", "/proc/walk.mp4"], "/proc/walk.mp4"),
-       ("health.py", ["--students", "/gone.safetensors"], "/gone.safetensors does not exist"),
+       ("evaluate.py", ["--student", "/gone.safetensors"], "/gone.safetensors does not exist"),
        ("evaluate.py", ["--clips", "0"], "--clips must be above 0"), ("evaluate.py", ["--dreams", "1"], "2 or more"),
        ("reproduce.py", ["10"], "1, 2, 3, 4, 5, 6, 7, 8, 9, all or report"), ("reproduce.py", ["3", "--row", "x"], "no row 'x'"),
        ("train_causal.py", ["--forcing", "-1"], "--forcing"), ("rollout.py", ["--map", "7"], "0..3"), ("rollout.py", ["--image", "/gone.png"], "/gone.png"),
@@ -202,7 +201,7 @@ def test_a_checkpoint_of_another_preset_is_refused(trained, tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())                                                 # before anything was written
 
 
-@pytest.mark.parametrize("module", [train_stage1, train_stage2, train_causal, evaluate, reproduce, rollout, play, health])
+@pytest.mark.parametrize("module", [train_stage1, train_stage2, train_causal, evaluate, reproduce, rollout, play])
 def test_every_setting_is_read_and_there_are_not_too_many(module):
     assert len(module.Config.__dataclass_fields__) <= 53
     source = Path(module.__file__).read_text() + inspect.getsource(networks) * (module is train_stage2)

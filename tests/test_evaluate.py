@@ -9,17 +9,17 @@ from PIL import Image
 import evaluate as ev
 import metrics
 import plots
+import probe
 from common import parse
 from encode import codec
 from model import build
-from probe import load_probe
 
 
 @pytest.fixture(scope="module")
 def scene():
     trips = ev.held_out(24, 7, 12)
     coder = codec("tiny")
-    return trips, coder.decode(coder.encode(trips.video())), load_probe("cpu")
+    return trips, coder.decode(coder.encode(trips.video())), probe.load_probe("cpu")
 
 
 def test_the_shipped_probe_reads_real_video(scene):
@@ -129,10 +129,10 @@ def test_rows_without_references_and_bad_settings(small):
 
 def test_a_chunks_time_is_that_of_one_player_when_all_is_warm(monkeypatch):
     trips, told = ev.held_out(3, 5, 12), []
-    clock = iter([0.0, 10.0, 12.0])
-    monkeypatch.setattr(ev.time, "perf_counter", lambda: next(clock))
+    times = iter([10_000.0, 2_000.0])
+    monkeypatch.setattr(ev, "timed", lambda function, device: (next(times), function()))
     monkeypatch.setattr(ev, "dream", lambda sampler, coder, trips, video, seed: told.append((len(trips.maps), video.shape)))
-    ms = ev.latency(None, None, trips, torch.zeros(3, 16, 8, 8, 3, dtype=torch.uint8))
+    ms = ev.latency(None, codec("tiny"), trips, torch.zeros(3, 16, 8, 8, 3, dtype=torch.uint8))
     assert told == [(1, (1, 12, 8, 8, 3))] * 2 and ms == 1000                           # two seconds for two chunks
 
 
@@ -156,3 +156,16 @@ def test_every_sampler_is_in_the_legend_and_every_axis_has_a_unit(monkeypatch, t
     assert all("seconds" in axis.get_xlabel() and axis.lines[0].get_color() == "C1" for axis in figure.axes)
     monkeypatch.undo()
     plots.plt.close(figure)
+
+
+def test_a_probe_is_trained_on_real_video_as_it_is_and_through_the_codec(tmp_path, monkeypatch):
+    seen, probe_of = [], probe.learnt
+    monkeypatch.setattr(probe, "learnt", lambda clips, steps, device: probe_of(
+        lambda step: seen.append(clips(step)) or seen[-1], steps, device))
+    probe.train_probe(4, tmp_path / "p.safetensors", "cpu", batch=8, length=5)
+    for step, (video, labels) in enumerate(seen):
+        assert video.shape == (4, 3, 64, 96, 3) and labels.shape == (4, 3)
+        lost = (video.float() - codec("tiny").decode(codec("tiny").encode(video)).float()).abs().mean()
+        assert lost < 0.3 if step % 2 else lost > 1                                     # what was coded loses no more
+    made, fresh = probe.load_probe("cpu", tmp_path / "p.safetensors").state_dict(), probe.Probe().state_dict()
+    assert made.keys() == fresh.keys() and not made["head.weight"].equal(fresh["head.weight"])

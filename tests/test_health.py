@@ -11,7 +11,7 @@ from torch import nn
 import evaluate
 import health
 import metrics
-from common import EMA, parse
+from common import EMA
 from encode import codec
 from evaluate import Sampler
 from health import Health, averaged, critic_by_sigma, curves, figures, side_by_side, statistics
@@ -120,18 +120,6 @@ def test_truth_teacher_student_and_critic_stand_side_by_side(sampler, tmp_path):
     for panel in (1, 2, 3):
         assert abs(video[:3, 60:, 288 * panel + 20:288 * panel + 268] - real[:, 60:]).mean() < 12
     assert abs(video[20, 60:, 288 + 20:556].astype(float) - video[20, 60:, 20:268]).mean() > 12
-
-
-def test_the_table_of_students_at_length(sampler, quick, monkeypatch, tmp_path, capsys):
-    rows = health.samplers_of
-    monkeypatch.setattr(health, "setup", lambda: torch.device("cpu"))
-    monkeypatch.setattr(health, "load", lambda *a: sampler.model)
-    monkeypatch.setattr(health, "samplers_of", lambda *a: rows(*a, steps=2, few=1))
-    flags = "--students", "a,b", "--clips", "2", "--seconds", "2", "--out", str(tmp_path / "x.json")
-    health.main(parse(health.Config, flags))
-    figures = json.loads((tmp_path / "x.json").read_text())["rows"]
-    assert list(figures) == ["a, 0-2 s", "b, 0-2 s"]
-    assert figures["a, 0-2 s"].keys() >= set(health.SHOWN) - {"psnr 4s"} and "| b, 0-2 s |" in capsys.readouterr().out
 
 
 def test_curves_show_every_logged_figure_once(tmp_path):

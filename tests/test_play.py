@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -497,7 +498,8 @@ def test_a_recording_has_an_end(toy, monkeypatch):
 
 def test_the_command_serves_and_ends_in_good_order(tmp_path):
     run = subprocess.Popen(["python", "play.py", "--no-browser", "--port", "0", "--out", str(tmp_path)], stdout=subprocess.PIPE,
-                           stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+                           stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"},
+                           preexec_fn=lambda: signal.signal(2, signal.default_int_handler))      # a shell's `&` ignores Ctrl-C
     address, port = re.match(r"play at (http://localhost:(\d+)), end with Ctrl-C", run.stdout.readline()).groups()
     assert b"<title>BiWM" in urllib.request.urlopen(address).read()
     client = Client(SimpleNamespace(server_address=("127.0.0.1", int(port)), server_port=port))

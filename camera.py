@@ -210,10 +210,9 @@ def intrinsics(values, frames, size=None):
 
 def draw(c2w, names, path):
     """PNG of a trajectory [T, 4, 4] seen from above: where the camera was, where it looked, `names` of its motions."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axis = plt.subplots(figsize=(7, 7), layout="constrained")
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(7, 7), layout="constrained")
+    axis = figure.subplots()
     x, z, dx, dz = (c2w[:, i, j].numpy() for i, j in ((0, 3), (2, 3), (0, 2), (2, 2)))
     axis.plot(x, z, color="0.7", zorder=1)
     axis.quiver(x, z, dx, dz, angles="xy", width=0.003, scale=18, color="0.4", zorder=2)
@@ -225,4 +224,3 @@ def draw(c2w, names, path):
     axis.grid(alpha=0.3)
     figure.colorbar(points, label="frame", shrink=0.7)
     figure.savefig(path, dpi=110)
-    plt.close(figure)

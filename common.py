@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 ROOT = Path(__file__).parent
 
@@ -206,9 +205,19 @@ def mean_over_ranks(metrics):
     return dict(zip(keys, values.tolist()))
 
 
+def sharded(tensor):
+    """Is it a DTensor, of which each rank has a part? Asked so, for importing that class takes half a second."""
+    return hasattr(tensor, "full_tensor")
+
+
+def gathered(tensor):
+    """All of a tensor, on every rank."""
+    return tensor.full_tensor() if sharded(tensor) else tensor
+
+
 def on_host(tensor, dtype=None):
     """All of a tensor on the CPU of rank 0, which writes files; every rank calls it, and the others keep nothing."""
-    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    whole = gathered(tensor)
     return whole.detach().to("cpu" if rank() == 0 else "meta", dtype or whole.dtype)
 
 
@@ -250,11 +259,10 @@ def descend(optimizer, clip):
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     for p in parameters:
-        if world_size() > 1 and not isinstance(p.grad, DTensor):
+        if world_size() > 1 and not sharded(p.grad):
             dist.all_reduce(p.grad)
             p.grad /= world_size()
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    norm = gathered(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
     torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
     if torch.isfinite(norm):
         optimizer.step()

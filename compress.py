@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
-from torch.distributed.tensor import DTensor
 
+from common import gathered
 from memory import EMPTY, Memory
 from scales import FINE, LADDER, SIZES, WHOLE, Segment, places, plan
 
@@ -127,7 +127,7 @@ class Detail(nn.Module):
 def own_kernel(backbone):
     """Weight [D, channels, t, h, w] and bias [D] of a backbone's patch embedding, a convolution or (LTX) a linear."""
     layer, patch = backbone.get_submodule(PATCHIFY[backbone.spec.arch]), backbone.spec.patch
-    weight, bias = (p.full_tensor() if isinstance(p, DTensor) else p for p in (layer.weight, layer.bias))
+    weight, bias = (gathered(p) for p in (layer.weight, layer.bias))
     return weight.unflatten(1, (-1, *patch)) if weight.ndim == 2 else weight, bias
 
 

@@ -105,9 +105,8 @@ class Discriminator:
     def __init__(self, model, velocity, head):
         self.velocity, self.head, self.gather, self.listening = velocity, head, model.gather, False
         blocks = getattr(model, model.block_list)
-        blocks[len(blocks) // 2].register_forward_hook(self.keep)
+        blocks[len(blocks) // 2].register_forward_hook(torch.compiler.disable(self.keep))
 
-    @torch.compiler.disable
     def keep(self, block, inputs, output):
         if self.listening:
             self.heard = [group._replace(x=x) for group, x in zip(inputs[0], output[0]) if group.frames]

@@ -174,13 +174,12 @@ def final_table(folder, coder, rows, clips, shipped):
 
 def curves(folder):
     """curves.png: every logged figure against the step."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     counters = "step", "seconds", "student_updates", "critic_updates", "rollouts"
     names = dict.fromkeys(k for line in lines for k in line if k not in counters)
-    figure, axes = plt.subplots(4, (len(names) + 3) // 4, figsize=(14, 9), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(14, 9), layout="constrained")
+    axes = figure.subplots(4, (len(names) + 3) // 4, squeeze=False)
     for axis, name in zip(axes.flat, names):
         points = [(line["step"], line[name]) for line in lines if name in line]
         axis.plot(*zip(*points), lw=1)
@@ -189,4 +188,3 @@ def curves(folder):
     for axis in axes.flat[len(names):]:
         axis.axis("off")
     figure.savefig(folder / "curves.png", dpi=110)
-    plt.close(figure)

@@ -14,9 +14,8 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
-from common import on_host
+from common import gathered, on_host
 from nvfp4 import EmulatedLinear
 
 # Attention projections and MLPs of Wan, HunyuanVideo and LTX, by their official names.
@@ -95,6 +94,5 @@ class Adapters:
         full, low = dict(self.model.state_dict()), weights or self.sets[name].state_dict()
         for linear in self.sets[name].names:
             base, update = full[f"{linear}.weight"], low[f"{linear}.lora_B.weight"] @ low[f"{linear}.lora_A.weight"]
-            whole = base.full_tensor() if isinstance(base, DTensor) else base
-            full[f"{linear}.weight"] = on_host(whole.float() + self.sets[name].scale * update, base.dtype)
+            full[f"{linear}.weight"] = on_host(gathered(base).float() + self.sets[name].scale * update, base.dtype)
         return full

@@ -19,12 +19,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from common import share_clips, world_size
+from common import share_clips, sharded, world_size
 
 # ---- Passes over the blocks ------------------------------------------------------------------------------------------
 
@@ -77,6 +74,7 @@ class Layout:
         for bad, message in wrong:
             if bad:
                 raise ValueError(message)
+        from torch.distributed.device_mesh import init_device_mesh
         if shard == "fsdp" and W > 1:
             sizes, names = ((replicas, W // replicas), ("replicas", "shards")) if replicas > 1 else ((W,), ("shards",))
             self.mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
@@ -96,6 +94,7 @@ class Layout:
         if self.group:
             Ulysses(self.group, model.spec).enter(model)
         if self.mesh:
+            from torch.distributed.fsdp import fully_shard      # here: it takes longer than all else that is imported
             for block in getattr(model, model.block_list):
                 fully_shard(block, mesh=self.mesh)
             # What is outside of the blocks stays gathered for a backward pass that does not begin at the output (the
@@ -108,14 +107,14 @@ class Layout:
 def fill(target, source, device, dtype):
     """`source`, a tensor or a slice of a file, on `device` in `dtype`; if `target` is sharded, this rank's rows of it
     as a DTensor like `target`, without reading any other."""
-    if not isinstance(target, DTensor):
+    if not sharded(target):
         return source[...].to(device).to(dtype)
     mesh, n = target.device_mesh, len(target)
     step = -(-n // mesh.size(mesh.ndim - 1))                # the last dimension of the mesh shards, one before copies
     start = min(mesh.get_local_rank(mesh.ndim - 1) * step, n)
     stop = min(start + step, n)
     rows = source[start:stop] if stop > start else torch.empty(0, *target.shape[1:])
-    return DTensor.from_local(rows.to(device).to(dtype), mesh, target.placements, run_check=False, shape=target.shape,
+    return type(target).from_local(rows.to(device).to(dtype), mesh, target.placements, run_check=False, shape=target.shape,
                               stride=target.stride())
 
 

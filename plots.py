@@ -9,11 +9,6 @@ import re
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 DRIFT = ("frechet", "sharpness", "motion", "saturation", "both all", "seam")    # of each ten seconds
 UNITS = {"psnr": "PSNR to the truth, dB", "ssim": "SSIM to the truth", "frechet": "Fréchet distance",
          "sharpness": "sharpness / real", "motion": "motion / real", "saturation": "saturation / real",
@@ -23,10 +18,10 @@ UNITS = {"psnr": "PSNR to the truth, dB", "ssim": "SSIM to the truth", "frechet"
 
 def axes(count, width=4.4):
     """A figure and its axes, at most three beside each other: it stays legible at the width of a page."""
+    from matplotlib.figure import Figure                # here: it takes longer than all else that is imported
     rows, columns = math.ceil(count / 3), min(count, 3)
-    size = width * columns, 3 * rows + 0.6
-    figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    return figure, [*grid.flat]
+    figure = Figure(figsize=(width * columns, 3 * rows + 0.6), layout="constrained")
+    return figure, [*figure.subplots(rows, columns, squeeze=False).flat]
 
 
 def curves(axis, results, pattern, unit, label):
@@ -111,7 +106,6 @@ def draw(results, stem, stamp):
             handles = dict(pair[::-1] for axis in row for pair in zip(*axis.get_legend_handles_labels()))
             figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
             figure.savefig(f"{stem}-{name}.png", dpi=110, metadata={"Description": stamp})
-            plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ import re
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -30,14 +28,22 @@ def default_source(spec):
     return ASSETS / spec.source if spec.source.endswith(".safetensors") else spec.source
 
 
+def fetched(source, *patterns):
+    """`source` as a path: one that is local as it is, of a hub repository the files that match `patterns`."""
+    path = Path(source)
+    if path.exists() or path.suffix == ".safetensors" or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=[*patterns]))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise OSError(f"{source} is no local folder and could not be fetched from the hub: {error}") from None
+
+
 def weight_files(source, spec):
     """The safetensors files of a checkpoint: a file, or a folder or hub repository in the official layout or bare."""
-    path = Path(source)
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and path.suffix != ".safetensors":
-        try:
-            path = Path(snapshot_download(str(source), allow_patterns=[spec.file, f"{spec.file}.index.json"]))
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
-            raise OSError(f"{source} is no local folder and could not be fetched from the hub: {error}") from None
+    path = fetched(source, spec.file, f"{spec.file}.index.json")
     if path.is_file():
         return [path]
     if not path.exists():
@@ -66,12 +72,7 @@ def fingerprint(source, spec):
 def component(source, *parts):
     """The folder with `parts` ("vae", "tokenizer", ...) of a model in diffusers' layout: a local one, or that of a hub
     repository, of which only they are fetched."""
-    path = Path(source)
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        try:
-            path = Path(snapshot_download(str(source), allow_patterns=[f"{part}/*" for part in parts]))
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
-            raise OSError(f"{source} is no local folder and could not be fetched from the hub: {error}") from None
+    path = fetched(source, *(f"{part}/*" for part in parts))
     if absent := [part for part in parts if not (path / part).is_dir()]:
         raise OSError(f"{source} has no folder {' and no '.join(absent)}; codecs are read from a folder in diffusers' "
                       "layout or a hub repository, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers")

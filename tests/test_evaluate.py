@@ -148,14 +148,12 @@ def test_every_sampler_is_in_the_legend_and_every_axis_has_a_unit(monkeypatch, t
     figures = {f"{kind} {s}s": [1, 0.5, 2] for kind in ("psnr", "ssim") for s in (1, 2)}
     rows = {"a": {}, "b": figures, "c": figures}
     drawn = []
-    monkeypatch.setattr(plots.plt, "close", drawn.append)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *a, **k: drawn.append(figure))
     plots.draw(rows, tmp_path / "x", "{}")
     figure, = drawn
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["b", "c"]
     assert [axis.get_ylabel() for axis in figure.axes] == ["PSNR to the truth, dB", "SSIM to the truth"]
     assert all("seconds" in axis.get_xlabel() and axis.lines[0].get_color() == "C1" for axis in figure.axes)
-    monkeypatch.undo()
-    plots.plt.close(figure)
 
 
 def test_a_probe_is_trained_on_real_video_as_it_is_and_through_the_codec(tmp_path, monkeypatch):

@@ -71,7 +71,7 @@ def test_every_layout_of_an_official_checkpoint_loads(official, tmp_path, monkey
     (tmp_path / "bare").mkdir()
     save_file(tensors, tmp_path / "bare" / "any-name.safetensors")
     asked = []
-    monkeypatch.setattr(weights, "snapshot_download", lambda *a, **k: asked.append((a, k)) or tmp_path / "repository")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: asked.append((a, k)) or tmp_path / "repository")
     layouts = {"file": whole, "repository": tmp_path / "repository", "file's own folder": whole.parent,
                "bare": tmp_path / "bare", "packed": tmp_path / "packed.safetensors", "hub": None,
                "sharded": shard(tensors, tmp_path / "shards"),
@@ -196,7 +196,7 @@ def test_a_checkpoint_of_another_backbone_is_refused(tmp_path):
 def test_a_repository_that_cannot_be_fetched_is_named(monkeypatch):
     def offline(*args, **kwargs):
         raise OSError("no network")
-    monkeypatch.setattr(weights, "snapshot_download", offline)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     for name in OFFICIAL:                                                               # a version is no file ending
         with pytest.raises(OSError, match=f"{PRESETS[name].source} is no local folder and could not be .*no network"):
             load(name)

@@ -94,7 +94,7 @@ def example(spec, device):
 
 
 def our_call(name, device, fields, compiled, checkpointing):
-    """A forward with weights in DTYPE, or with `checkpointing` a forward and backward with fp32 weights, as we train."""
+    """A forward with weights in DTYPE, with `checkpointing` a forward and backward with fp32 ones, as we train."""
     model = random_model(name, device, torch.float32 if checkpointing else DTYPE, **fields)
     if checkpointing:
         checkpoint_blocks(model, keep_attention=checkpointing == "selective")

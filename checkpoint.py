@@ -17,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 import torch.distributed.checkpoint.state_dict as dsd
 from tqdm import tqdm
 
-from common import barrier, gather, mean_over_ranks, provenance, rank, sha256, shutdown, world_size
+from common import barrier, gather, mean_over_ranks, provenance, rank, sha256, shutdown, sync, world_size, write_text
 from control import ACTION_SPEC
 from faults import SAVE, SIGNALS
 from model import PRESETS
@@ -26,22 +26,6 @@ from weights import fingerprint
 # May change on resuming: these change what is watched and written, or how the same numbers are computed.
 HARMLESS = {"out", "steps", "save_every", "keep", "log_every", "preview", "compile", "cuda_graphs", "recompute",
             "validate", "health", "patience", "shard", "replicas"}
-
-
-def sync(path):
-    """Have the system write a file, or a folder's list of names, to the disk itself."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-
-
-def write(path, text):
-    """Replace a small file as a whole: whenever the machine stops, the old text is there or the new."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text)
-    sync(partial)
-    partial.rename(path)
-    sync(path.parent)
 
 
 # ---- The folder ------------------------------------------------------------------------------------------------------
@@ -62,7 +46,7 @@ class Run:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self.lock()
                 self.refuse_other_settings()
-                write(self.folder / "config.json", json.dumps(self.facts, indent=1) + "\n")
+                write_text(self.folder / "config.json", json.dumps(self.facts, indent=1) + "\n")
             except OSError as error:
                 reason = error.strerror or error
                 raise OSError(f"cannot write to --out {out}: {reason}; choose another folder") from None
@@ -118,7 +102,7 @@ class Run:
         path = self.folder / "log.jsonl"
         if rank() == 0 and path.exists():
             whole = [line for line in path.read_text().splitlines() if line.endswith("}")]  # a kill may tear one
-            write(path, "".join(line + "\n" for line in whole if json.loads(line)["step"] < start))
+            write_text(path, "".join(line + "\n" for line in whole if json.loads(line)["step"] < start))
 
     def log(self, step, **metrics):
         """Write one line; all ranks call it."""
@@ -177,7 +161,7 @@ def save_checkpoint(folder, step, modules, optimizers, averages, keep=1):
         files = gather({file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files})
         if rank() == 0:
             files = {name: facts for part in files for name, facts in part.items()}
-            write(partial / "manifest.json", json.dumps({"step": step, **provenance(), "files": files}, indent=1))
+            write_text(partial / "manifest.json", json.dumps({"step": step, **provenance(), "files": files}, indent=1))
             if final.exists():
                 final.rename(folder / f"{final.name}.old.partial")
             partial.rename(final)

@@ -174,6 +174,27 @@ def derive(seed, *names):
     return int.from_bytes(digest[:8], "little") >> 1
 
 
+def sync(path):
+    """Have the system write a file, or a folder's list of names, to the disk itself."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def put(partial, path):
+    """Give a finished file its name, once its bytes are on the disk."""
+    sync(partial)
+    partial.rename(path)
+    sync(partial.parent)
+
+
+def write_text(path, text):
+    """Replace a small file as a whole: whenever the machine stops, the old text is there or the new."""
+    partial = Path(f"{path}.partial")
+    partial.write_text(text)
+    put(partial, path)
+
+
 def sha256(file):
     """The checksum that names a file's content in everything made with it."""
     with open(file, "rb") as reader:

@@ -23,7 +23,7 @@ WIDEST = 4                          # patches a kernel spans (8 of Wan2.2's: 300
 PATCHIFY = {"wan": "patch_embedding", "hunyuan": "img_in.proj", "ltx": "patchify_proj"}
 # PackForcing's cells in patches: 8 frames of 64 x 64 pixels; as many as four frames of the tiny world can bear
 MID = {"wan2.1-1.3b": (2, 4, 4), "wan2.2-5b": (2, 2, 2), "hunyuan1.5-8b": (2, 4, 4), "ltx2.3-22b": (1, 2, 2),
-       "tiny": (2, 2, 2), "small": (2, 2, 2)}
+       "tiny": (2, 2, 2), "small": (2, 2, 2), "base": (2, 2, 2)}
 CHOICES = ("affinity", "recency", "fov")
 
 

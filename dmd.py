@@ -81,6 +81,7 @@ def critic_loss(critic, x0, cond, sigma, mask=None):
 
 # ---- GAN on the critic's features (DMD2, section 4.3) ----------------------------------------------------------------
 
+HEAD_RATE = 1e-3                # learning rate of the discriminator's head, which starts from nothing
 GAN_CRITIC = 1e-2               # weight of the discriminator's loss beside the critic's own (DMD2, its SDXL recipe)
 R_STEP, R_WEIGHT = 0.1, 1.0     # of the approximate R1 and R2: size h of the step, weight; not swept
 

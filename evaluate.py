@@ -26,7 +26,8 @@ import causal
 import plots
 import qat
 import world
-from common import generator, one_line_errors, parse, provenance, rank, require_positive, setup, sha256, timed
+from common import (generator, one_line_errors, parse, provenance, rank, require_positive, setup, sha256, timed,
+                    write_text)
 from control import Condition, parse_actions
 from data import Trips
 from encode import codec
@@ -235,9 +236,8 @@ def known(report, out):
 
 def write(report, seeds, out):
     """`out` with the figures of `seeds`, beside it a markdown table of their means and pictures; all tell `report`."""
-    partial, stamp, means = Path(f"{out}.partial"), json.dumps(report), over_seeds(seeds)
-    partial.write_text(json.dumps({**report, "seeds": seeds}, indent=1) + "\n")
-    partial.rename(out)
+    stamp, means = json.dumps(report), over_seeds(seeds)
+    write_text(out, json.dumps({**report, "seeds": seeds}, indent=1) + "\n")
     names = dict.fromkeys(name for row in means.values() for name in row)
     turned = {name: {row: figures[name] for row, figures in means.items() if name in figures} for name in names}
     Path(out).with_suffix(".md").write_text(f"<!-- {stamp} -->\n\n{table(turned, [*means], 'figure')}\n")

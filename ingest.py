@@ -25,13 +25,13 @@ from pathlib import Path
 import torch
 
 from camera import crop_K, read_cameras, relative
-from common import digest, fail, one_line_errors, require_positive
+from common import digest, fail, one_line_errors, require_positive, write_text
 from control import labels_from_poses, parse_actions, resample
 from encode import codec
 from footage import Refused, at_rate, find, fit, frames_of
 from jobs import finished, plan, stop_without_parent
 from model import PRESETS
-from shards import Recording, notes_of, write_index, write_shard, write_text
+from shards import Recording, notes_of, write_index, write_shard
 
 REPEATS = 0.02                      # share of frames that may be shown twice where the rate is raised
 

@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import fail
-from shards import write_text
+from common import fail, write_text
 
 
 def plan(out, settings, items, size):

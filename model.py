@@ -79,6 +79,7 @@ WAN21 = Spec("wan2.1-1.3b", dim=1536, heads=12, ffn=8960, layers=30, channels=16
 PRESETS = {spec.name: spec for spec in (
     TINY,
     replace(TINY, name="small", dim=224, heads=7, ffn=896, source="small-stage1.safetensors"),
+    replace(TINY, name="base", dim=384, heads=12, ffn=1536, layers=12, source="base-stage1.safetensors"),
     WAN21,
     replace(WAN21, name="wan2.2-5b", dim=3072, heads=24, ffn=14336, channels=48, stride=(4, 16, 16),
             size=(121, 704, 1280), fps=24, source="Wan-AI/Wan2.2-TI2V-5B"),

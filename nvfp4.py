@@ -14,6 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from common import put
+
 BLOCK, CODE_MAX, SCALE_MAX = 16, 6.0, 448.0             # neighbours that share a scale; largest code, largest scale
 FLOAT_MAX = torch.finfo(torch.float32).max
 HEADER = {"format": "nvfp4", "block": "16", "tile": "1x16", "nibble": "low"}            # of a file that `save` wrote
@@ -230,10 +232,8 @@ def unpack(codes, scales, amax, dtype):
 # ---- Files -----------------------------------------------------------------------------------------------------------
 
 def save(model, path, modelopt=False, **notes):
-    """Write a model with packed linears: codes, E4M3 scales, fp32 amax; everything else in bf16.
-
-    With `modelopt`, under the names of NVIDIA ModelOpt: NAME.weight_scale_2 = amax / 2688 for NAME.weight_amax.
-    """
+    """Write a model with packed linears: codes, E4M3 scales, fp32 amax; everything else in bf16. With `modelopt`, under
+    the names of NVIDIA ModelOpt: NAME.weight_scale_2 = amax / 2688 for NAME.weight_amax."""
     packed = {name for name, module in model.named_modules() if isinstance(module, PackedLinear)}
     if not packed:
         raise ValueError("the model has no packed linear; quantize_model(model, 'packed') makes them")
@@ -250,7 +250,7 @@ def save(model, path, modelopt=False, **notes):
         tensors[key] = value.cpu().contiguous()
     partial = Path(f"{path}.partial")
     save_file(tensors, partial, metadata=HEADER | {"scale": "amax/2688" if modelopt else "amax"} | notes)
-    partial.rename(path)
+    put(partial, path)
 
 
 def load(model, files, device, dtype):

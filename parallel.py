@@ -114,8 +114,8 @@ def fill(target, source, device, dtype):
     start = min(mesh.get_local_rank(mesh.ndim - 1) * step, n)
     stop = min(start + step, n)
     rows = source[start:stop] if stop > start else torch.empty(0, *target.shape[1:])
-    return type(target).from_local(rows.to(device).to(dtype), mesh, target.placements, run_check=False, shape=target.shape,
-                              stride=target.stride())
+    return type(target).from_local(rows.to(device).to(dtype), mesh, target.placements, run_check=False,
+                                   shape=target.shape, stride=target.stride())
 
 
 # ---- Sequence parallelism --------------------------------------------------------------------------------------------

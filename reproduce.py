@@ -9,7 +9,6 @@ A recipe is a list of commands of this repository, {run} being its folder; a row
 """
 
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import bench
 from claims import claims
-from common import ROOT, fail, one_line_errors, parse, require_positive
+from common import ROOT, fail, one_line_errors, parse, require_positive, write_text
 from metrics import over_seeds, sweep, table
 
 RESULTS = ROOT / "results"
@@ -28,6 +27,8 @@ LONG = "--seconds 60 --clips 64 --revisit 64 --dreams 4 --out {run}/figures.json
 STUDENT = f"evaluate.py --no-references --student {{run}}/stage2/student.safetensors {LONG} 3"
 STAGE1 = ("train_stage1.py --steps 9000 --batch 256 --pool 4096 --refresh 4000 --save_every 1000 --log_every 50 "
           "--warmup 1000 --ema 0.9995 --compile --cuda_graphs --out {run}/stage1")
+TAUGHT = ("train_stage1.py --init assets/tiny-stage1.safetensors --steps 3000 --batch 64 --past 400 --refresh 1000 "
+          "--lr 5e-4 --warmup 100 --ema 0.998 --out {run}/stage1")
 STAGE2 = "train_stage2.py --pool 64 --frames 12 --preview 0 --out {run}/stage2"
 CAUSAL = "train_causal.py --steps 60 --batch 4 --pool 256 --frames 12 --forcing_batch 64 --out {run}/causal"
 
@@ -37,11 +38,18 @@ def distilled(flags="", more="", steps=60, batch=4):
     return f"{STAGE2} --steps {steps} --batch {batch} {flags}", f"{STUDENT} {more}"
 
 
-def both(first, second="", backbone=""):
+def both(first, second="", backbone="", lr="2e-3"):
     """Both stages from random weights, and all rows of the comparison."""
     new = " --teacher {run}/stage1/teacher.safetensors"
-    return (f"{STAGE1} {first}{backbone}", f"{STAGE2} --steps 60 --batch 4 {second}{new}{backbone}",
+    return (f"{STAGE1} --lr {lr} {first}{backbone}", f"{STAGE2} --steps 60 --batch 4 {second}{new}{backbone}",
             f"evaluate.py --student {{run}}/stage2/student.safetensors{new}{backbone} {LONG} 1")
+
+
+def remembering(kind, how):
+    """The shipped teacher with a history, taught with pasts of up to 50 s, then distilled behind such pasts."""
+    more = {"none": " --recompute", "framepack": " --recent 4"}.get(kind, "")
+    return (f"{TAUGHT} --history {kind} --attention {how}{more}",
+            f"{STAGE2} --steps 60 --batch 4 --past 200 --teacher {{run}}/stage1/teacher.safetensors", f"{STUDENT}")
 
 
 def causal(forcing):
@@ -50,7 +58,7 @@ def causal(forcing):
             f"{{run}}/causal/student.safetensors {LONG} 3")
 
 
-KINDS = ("adaln", "text", "plucker", "prope", "adaln+prope")
+KINDS, QUANTS = ("adaln", "text", "plucker", "prope", "adaln+prope"), ("nvfp4", "nvfp4-w4a4", "fp8")
 HISTORIES = [(kind, "joint") for kind in ("none", "window", "framepack", "packforcing")] + [
     (kind, "self") for kind in ("window", "framepack", "packforcing")] + [("packforcing", "segment")]
 RECIPES = {
@@ -59,13 +67,14 @@ RECIPES = {
     "real-fkl": distilled("--real_fkl 0.1"), "early-history": distilled("--no-complete"),
     "all-terms": distilled("--gan 0.01 --teacher_fkl 0.1 --real_fkl 0.1 --sft 0.1"),
     **{kind.replace("+", "-"): both(f"--control {kind}") for kind in KINDS},
-    **{f"{kind}-{how}": both(*[f"--history {kind} --attention {how}"] * 2) for kind, how in HISTORIES},
-    "nvfp4-after": distilled("", "--quant nvfp4"), "nvfp4": distilled("--quant nvfp4", "--quant nvfp4"),
-    "fp8-after": distilled("", "--quant fp8"), "fp8": distilled("--quant fp8", "--quant fp8"),
-    "lora-8": distilled("--tune lora --rank 8"), "lora-32": distilled("--tune lora --rank 32"),
+    **{f"{kind}-{how}": remembering(kind, how) for kind, how in HISTORIES},
+    **{f"{q}-after": distilled("", f"--quant {q}") for q in QUANTS},
+    **{q: distilled(*[f"--quant {q}"] * 2) for q in QUANTS},
+    **{f"lora-{rank}": distilled(f"--tune lora --rank {rank}") for rank in (8, 32)},
     **{f"updates-{n}": distilled(steps=n) for n in (15, 30, 120, 240)},
     **{f"batch-{n}": distilled(batch=n) for n in (1, 16, 64)},
-    "tiny": both(""), "small": both("", "--lr 2e-5 --critic_lr 4e-5", " --backbone small")}
+    "small": both("", "--lr 5e-5 --critic_lr 1e-4", " --backbone small"),
+    "base": both("", "--lr 2e-5 --critic_lr 4e-5", " --backbone base", lr="1e-3")}
 
 LOOKS = ("both 1s", "frechet", "sharpness", "motion", "psnr 1s", "seam")
 AGES = ("both all", "frechet 0-10 s", "frechet 50-60 s", "drift of sharpness", "drift of saturation", "drift of motion",
@@ -85,22 +94,22 @@ TABLES = {                      # number: title, figures, {name of a row: recipe
     "4": ("How control enters; both stages from random weights", (
         "translation 1s", "rotation 1s", *LOOKS, "cells off in 1s", "degrees off in 1s", *COST),
         {kind: kind.replace("+", "-") for kind in KINDS}),
-    "5": ("History and attention; both stages from random weights", (*LOOKS, *AGES, *MEMORY, *COST), {
+    "5": ("History and attention; the shipped teacher taught to remember", (*LOOKS, *AGES, *MEMORY, *COST), {
         f"{kind}, {how}": f"{kind}-{how}" for kind, how in HISTORIES}),
     "6": ("Number formats", (*LOOKS, "frechet 50-60 s", *COST), {
-        "bf16": "default", "NVFP4 after training": "nvfp4-after", "NVFP4 in training": "nvfp4",
-        "FP8 after training": "fp8-after", "FP8 in training": "fp8"}),
+        "bf16": "default", **{f"{q} {when} training": q + "-after" * (when == "after")
+                              for q in QUANTS for when in ("after", "in")}}),
     "7": ("Full tuning against adapters", (*LOOKS, "frechet 50-60 s"), {
         "full": "default", "LoRA, rank 32": "lora-32", "LoRA, rank 8": "lora-8"}),
     "8": ("Student updates and batch size", (*LOOKS, "frechet 50-60 s"), {
         "60 updates, batch 4": "default", **{f"{n} updates": f"updates-{n}" for n in (15, 30, 120, 240)},
         **{f"batch {n}": f"batch-{n}" for n in (1, 16, 64)}}),
     "9": ("Model sizes; both stages from random weights", (*LOOKS, *AGES, *MEMORY, *COST), {
-        name: name for name in ("tiny", "small")})}
+        "tiny": "adaln", "small": "small", "base": "base"})}
 
 # What --scale shrinks, and how far: a whole table then runs anywhere and says nothing.
 LEAST = {"steps": 2, "batch": 1, "pool": 4, "frames": 8, "forcing": 1, "forcing_batch": 2, "warmup": 1, "refresh": 25,
-         "seconds": 1, "clips": 2, "revisit": 1, "dreams": 2, "seeds": 1}
+         "seconds": 1, "clips": 2, "revisit": 1, "dreams": 2, "seeds": 1, "past": 8}
 
 
 @dataclass(frozen=True)
@@ -168,10 +177,8 @@ def run(name, seed, cfg):
             fail(f"a command of row {name} failed ({shlex.join(words)}); the same command goes on from there")
     figures = json.loads((folder / "figures.json").read_text(), parse_float=lambda x: float(f"{float(x):.5g}"))
     minutes = {line: round(done[line]["seconds"] / 60, 2) for line in map(shlex.join, commands)}
-    partial = result.with_suffix(".partial")
-    partial.parent.mkdir(exist_ok=True)
-    partial.write_text(json.dumps({"recipe": name, "training_seed": seed, "minutes": minutes, **figures}) + "\n")
-    os.replace(partial, result)
+    result.parent.mkdir(exist_ok=True)
+    write_text(result, json.dumps({"recipe": name, "training_seed": seed, "minutes": minutes, **figures}) + "\n")
 
 
 # ---- Reporting -------------------------------------------------------------------------------------------------------
@@ -203,8 +210,7 @@ def table_of(number, found):
             continue
         reports, samplers = found[name], figures_of(found[name])
         for sampler in samplers if not label else [*samplers][-1:]:
-            title_of = label or sampler
-            rows[title_of + (f", {len(reports)} training seeds" if len(reports) > 1 else "")] = samplers[sampler]
+            rows[(label or sampler) + f", {len(reports)} training seeds" * (len(reports) > 1)] = samplers[sampler]
         notes.append(f"{label or name}: `python reproduce.py {number} --row {name}`, {reports[0]['device']}, "
                      f"{sum(sum(r['minutes'].values()) for r in reports):.1f} minutes, commit {reports[0]['commit']}")
     shown = [c for c in columns if any(c in row for row in rows.values())]
@@ -233,9 +239,7 @@ def fill(text):
 def main(cfg):
     with one_line_errors():
         if cfg.table == "report":
-            for name in ("RESULTS.md", "README.md"):
-                (ROOT / name).write_text(fill((ROOT / name).read_text()))
-            return
+            return [write_text(ROOT / name, fill((ROOT / name).read_text())) for name in ("RESULTS.md", "README.md")]
         for seed in range(cfg.seeds):
             for name in [cfg.row] if cfg.row else recipes_of(cfg.table):
                 run(name, seed, cfg)

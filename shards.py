@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from common import digest, one_line_errors, sha256
+from common import digest, one_line_errors, put, sha256, write_text
 from control import ACTION_SPEC, check_actions
 
 
@@ -59,7 +59,7 @@ def write_shard(path, header, recordings, refused=()):
     notes = {**header, "format": FORMAT, "actions": ACTION_SPEC, "texts": texts, "clips": clips, "refused": [*refused]}
     partial = path.with_suffix(f".{os.getpid()}.partial")           # of this process: another may make the same shard
     save_file(tensors, partial, {"shard": json.dumps(notes)})   # one entry: the order of several is not defined
-    replace(partial, path)
+    put(partial, path)
 
 
 def trim(states):
@@ -67,21 +67,6 @@ def trim(states):
     used = states.flatten(1).any(1) if states.ndim > 1 else states != 0
     length = int(used.nonzero().max()) + 1 if used.any() else 0
     return states[:length].to(torch.bfloat16 if states.is_floating_point() else states.dtype).cpu().clone()
-
-
-def replace(partial, path):
-    """Give a finished file its name, once its bytes are on the disk."""
-    handle = os.open(partial, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-    os.replace(partial, path)
-
-
-def write_text(path, text):
-    """A small file that exists completely or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    replace(partial, path)
 
 
 def notes_of(path):

@@ -25,7 +25,7 @@ from faults import Finite, together
 from parallel import Layout
 from plan import dry_run
 from data import RandomStream, open_stream
-from dmd import Clip, Recipe, critic_gradients, student_gradients
+from dmd import HEAD_RATE, Clip, Recipe, critic_gradients, student_gradients
 from encode import codec
 from evaluate import samplers_of
 from flow import schedule
@@ -80,7 +80,7 @@ class Config:
     sigma_high: float = 0.98        # the law is truncated to them, not clamped
     lr: float = 1e-4                # of the student
     critic_lr: float = 2e-4         # of the critic
-    head_lr: float = 1e-3           # of the discriminator's head, which starts from nothing
+    cooldown: float = 0.0           # share of the updates, the last, in which --lr falls to zero in a line
     clip: float = 1.0               # global gradient norm of each
     ema: float = 0.98               # decay of the averaged student, which is the result
     pool: int = 64                  # trajectories in memory, for starts and actions
@@ -97,9 +97,10 @@ class Config:
 
     def __post_init__(self):
         require_positive(self, "steps", "save_every", "keep", "batch", "accumulate", "rank", "denoise", "critic_steps",
-                         "lr", "critic_lr", "head_lr", "clip", "pool", "refresh", "patience")
+                         "lr", "critic_lr", "clip", "pool", "refresh", "patience")
         negative = [f for f in ("past", "grow", "guidance", "gan", "teacher_fkl", "real_fkl", "sft", "quant_loss",
-                                "critic_warmup", "validate", "preview", "health", "t2v", "i2v", "short", "ema")
+                                "critic_warmup", "validate", "preview", "health", "t2v", "i2v", "short", "ema",
+                                "cooldown")
                     if getattr(self, f) < 0]
         wrong = [
             (negative, f"--{' --'.join(negative)} must not be negative"),
@@ -108,7 +109,8 @@ class Config:
             (self.tune == "lora" and self.history not in ("", "none", "window"),
              "--tune lora trains no compressor: leave out --history, for that of a teacher that has one"),
             (self.t2v + self.i2v > 1, f"--t2v {self.t2v} and --i2v {self.i2v} are shares, at most 1 together"),
-            (self.short > 1 or self.ema >= 1, f"--short {self.short} is at most 1, --ema {self.ema} below 1"),
+            (max(self.short, self.cooldown) > 1 or self.ema >= 1,
+             f"--short {self.short} and --cooldown {self.cooldown} are at most 1, --ema {self.ema} is below 1"),
             (not 0 <= self.sigma_low < self.sigma_high <= 1,
              f"--sigma_low {self.sigma_low} must be below --sigma_high {self.sigma_high}, both in 0..1"),
             (self.teacher_fkl and self.denoise < 2, "--teacher_fkl takes one step for itself: --denoise 2 or more"),
@@ -134,6 +136,11 @@ def data(cfg, spec, device):
                               cfg.refresh * cfg.accumulate)
 
 
+def learning_rate(update, cfg):
+    """Of the student, in its updates 0, 1, ...: while it falls the critic catches up with it."""
+    return cfg.lr * min(1.0, (cfg.steps - update) / max(1.0, cfg.cooldown * cfg.steps))
+
+
 def mean_of(dicts):
     return {key: sum(d[key] for d in dicts) / len(dicts) for key in dicts[0]}
 
@@ -146,7 +153,7 @@ def main(cfg):
         nets, models, learning, weights = networks(cfg, layout, device)
         coder, stream = data(cfg, spec, device)
         run = Run(cfg.out, cfg, 2, "" if cfg.teacher == "random" else cfg.teacher or default_source(spec))
-        rates = {"student": cfg.lr, "critic": cfg.critic_lr, "head": cfg.head_lr}
+        rates = {"student": cfg.lr, "critic": cfg.critic_lr, "head": HEAD_RATE}
         optimizers = {name: adamw(module, rates[name], (0.0, 0.999), device) for name, module in learning.items()}
         ema, health, last = EMA(learning["student"], cfg.ema), Health(cfg.health), cfg.steps + cfg.critic_warmup
         finite = Finite(cfg.out, learning)
@@ -190,6 +197,8 @@ def main(cfg):
                 notes.append(student_gradients(nets, recipe, clips[-1], stop - begin, spec.chunk, share))
                 looks.append(compare(clean, real.x0, plan.start, spec.chunk))
         if learns:
+            for group in optimizers["student"].param_groups:
+                group["lr"] = learning_rate(updates - 1, cfg)
             metrics = mean_of(notes) | {"student_norm": descend(optimizers["student"], cfg.clip)}
             if finite.check(step, "student", metrics["student_norm"], batches, **metrics):
                 ema.update(learning["student"])

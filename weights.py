@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from common import on_host, rank, sha256
+from common import on_host, put, rank, sha256
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -139,4 +139,4 @@ def save(model, path, dtype=torch.bfloat16, weights=None, **notes):
     except SafetensorError as error:                        # a full disk, a folder that has gone
         partial.unlink(missing_ok=True)
         raise OSError(f"{path} could not be written: {error}") from None
-    partial.rename(path)
+    put(partial, path)

@@ -513,7 +513,7 @@ TROUBLE = {
     "disk full, weights": (one, "save_teacher", 1, lambda out, patch: limit(2000), "teacher.safetensors could not be"),
     "disk full, checkpoint": (checkpoint.dcp, "save", 1, lambda out, patch: limit(2000), "4 could .* .File too large"),
     "disk full, log": (Run, "log", 2, full_log, "No space left on device"),
-    "disk full, manifest": (checkpoint, "_state", 2, lambda out, patch: patch.setattr(checkpoint, "write", no_space),
+    "disk full, manifest": (checkpoint, "_state", 2, lambda out, patch: patch.setattr(checkpoint, "write_text", no_space),
                             "checkpoint-00000004 could not be written .No space left on device"),
     "data gone": (data.WorldStream, "batch", 2, lambda out, patch: no_space("clips/7.safetensors"), "clips/7.safet")}
 

@@ -92,6 +92,17 @@ def test_the_learning_rate_warms_up_and_falls_to_zero():
     assert rates[0] == pytest.approx(1e-5) and max(rates) == pytest.approx(1e-3, rel=0.05) and rates[-1] < 1e-8
 
 
+def test_the_students_rate_stays_and_then_falls_in_a_line_to_zero(stage2, monkeypatch):
+    cfg = two.Config(steps=10, lr=1e-3, cooldown=0.4)
+    rates = [1e3 * two.learning_rate(update, cfg) for update in range(10)]
+    assert rates == pytest.approx([1] * 7 + [0.75, 0.5, 0.25])
+    assert {two.learning_rate(update, two.Config(steps=7)) for update in range(7)} == {two.Config.lr}
+    used, descend = [], two.descend
+    monkeypatch.setattr(two, "descend", lambda o, clip: used.append([g["lr"] for g in o.param_groups]) or descend(o, clip))
+    stage2("falls", "--steps", 2, "--cooldown", 1, "--lr", 1e-3, "--critic_lr", 5e-3, "--critic_warmup", 1)
+    assert used == [[5e-3] * 2, [1e-3] * 2, [5e-3] * 2, [5e-4] * 2, [5e-3] * 2]         # the critic's first and always
+
+
 # ---- Stage 2, whole runs of a very small network ---------------------------------------------------------------------
 
 @pytest.fixture
@@ -121,7 +132,7 @@ def stage2(monkeypatch, tmp_path):
 
 
 EVERYTHING = ("--tune", "lora", "--rank", 4, "--quant", "nvfp4-w4a4", "--gan", 0.1, "--teacher_fkl", 0.1, "--real_fkl", 0.1, "--sft", 0.1,
-              "--accumulate", 2, "--past", 8, "--frames", 32, "--grow", 1, "--short", 0.1)
+              "--accumulate", 2, "--past", 8, "--frames", 32, "--grow", 1, "--short", 0.1, "--cooldown", 1)
 
 
 @pytest.mark.parametrize("flags", [EVERYTHING, ("--gan", 0.1, "--no-complete", "--history", "framepack", "--past", 12,

@@ -123,7 +123,7 @@ def memory(sampler, coder, clips, seed):
 
 
 def diversity(sampler, coder, trips, truth, seeds, first):
-    """Standard deviation over `seeds` dreams, from seed `first` on, of what the start does not show."""
+    """[figure]: standard deviation over `seeds` dreams, from seed `first` on, of what the start does not show."""
     dreams = torch.stack([dream(sampler, coder, trips, truth, first + i) for i in range(seeds)])
     return spread(dreams, trips.states[..., 2])
 
@@ -142,8 +142,9 @@ def assess(sampler, coder, trips, truth, coded, probe, seed, piece, revisit, dre
     if revisit:
         figures |= memory(sampler, coder, revisit, seed)
     if dreams:
-        figures["diversity"] = diversity(sampler, coder, trips.part(0, 64).frames(0, START + HORIZON),
-                                         truth[:64, :START + HORIZON], dreams, seed)
+        few = trips.part(0, 64).frames(0, START + HORIZON)
+        found = diversity(sampler, coder, few, truth[:64, :START + HORIZON], dreams, seed)
+        figures |= {"diversity": row for row in found}
     return figures, video
 
 

@@ -93,7 +93,7 @@ def ratio(part, whole, scale=1.0):
 
 
 def where(value, use, scale=1.0):
-    """Mean of value [N, T] where use [N, T], with an interval: {} when it is nowhere."""
+    """Mean of value [N, T] where use [N, T], with an interval: [] when it is nowhere."""
     return [ratio((value * use).sum(1), use.sum(1), scale)] if use.any() else []
 
 
@@ -235,10 +235,11 @@ def unseen(yaw, width):
 
 
 def spread(dreams, yaw):
-    """Diversity: standard deviation over dreams [S, N, T, H, W, 3] of one start, where it shows nothing of the view."""
+    """Diversity: standard deviation over dreams [S, N, T, H, W, 3] of one start, where that shows nothing of the view;
+    with an interval, as `where`: [] when it shows all there is."""
     hidden = unseen(yaw, dreams.shape[4])                                               # [N, T, W]
     deviation = dreams.float().std(0).mean((2, 4)) * hidden
-    return ratio(deviation.sum((1, 2)), hidden.sum((1, 2)))
+    return [ratio(deviation.sum((1, 2)), hidden.sum((1, 2)))] if hidden.any() else []
 
 
 # ---- Tables ----------------------------------------------------------------------------------------------------------

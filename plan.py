@@ -27,7 +27,7 @@ GPUS = {"RTX 4090": (23.5, 165), "A100 40 GB": (39.4, 312), "A100 80 GB": (79.2,
 RESERVE = 1.5                                               # GiB for NCCL, cuBLAS and what fragmentation wastes
 # Bytes that a compiled block keeps for each token and unit of width: with full and selective checkpointing, without
 # any; the last also 4 for each unit of the MLP. Of Wan the residual stream has 4 bytes, of the others 2.
-KEPT = {"wan": (4, 8, 38), "hunyuan": (2, 4, 24), "ltx": (2, 6, 38)}
+KEPT = {"wan": (4, 8, 38), "hunyuan": (2, 4, 24), "ltx": (2, 6, 40)}
 MODES = ("full", "selective", "none")
 DRAWS = 32                                                  # rollouts of stage 2 to average over
 

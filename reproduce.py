@@ -27,8 +27,8 @@ LONG = "--seconds 60 --clips 64 --revisit 64 --dreams 4 --out {run}/figures.json
 STUDENT = f"evaluate.py --no-references --student {{run}}/stage2/student.safetensors {LONG} 3"
 STAGE1 = ("train_stage1.py --steps 9000 --batch 256 --pool 4096 --refresh 4000 --save_every 1000 --log_every 50 "
           "--warmup 1000 --ema 0.9995 --compile --cuda_graphs --out {run}/stage1")
-TAUGHT = ("train_stage1.py --init assets/tiny-stage1.safetensors --steps 3000 --batch 64 --past 400 --refresh 1000 "
-          "--lr 5e-4 --warmup 100 --ema 0.998 --out {run}/stage1")
+TAUGHT = ("train_stage1.py --init assets/tiny-stage1.safetensors --steps 3000 --batch 64 --past 400 --pool 256 "
+          "--refresh 1000 --lr 5e-4 --warmup 100 --ema 0.998 --out {run}/stage1")
 STAGE2 = "train_stage2.py --pool 64 --frames 12 --preview 0 --out {run}/stage2"
 CAUSAL = "train_causal.py --steps 60 --batch 4 --pool 256 --frames 12 --forcing_batch 64 --out {run}/causal"
 

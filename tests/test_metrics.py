@@ -203,7 +203,8 @@ def test_diversity_is_the_spread_over_seeds_of_what_the_start_does_not_show():
     for hidden, spread in ((new, 1.0), (~new, 0.0)):                                    # two seeds, 2^0.5 apart: std 1
         dreams = torch.full((2, 3, 8, 2, 1000, 3), 99.0)
         dreams[1] += 2 ** 0.5 * hidden[:, :, None, :, None]
-        assert m.spread(dreams, yaw)[0] == pytest.approx(spread, abs=1e-4)
+        assert m.spread(dreams, yaw)[0][0] == pytest.approx(spread, abs=1e-4)
+    assert m.spread(dreams, torch.zeros(3, 8)) == []                                    # no turn shows anything new
 
 
 def test_seeds_are_averaged_with_the_interval_of_a_mean():

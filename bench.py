@@ -23,10 +23,12 @@ import torch.nn.functional as F
 from torch.nn.attention import sdpa_kernel
 
 import plan
-from common import autocast, fail, one_line_errors, parse, provenance, require_positive, setup, timed
+import qat
+from common import autocast, defaults, fail, one_line_errors, parse, provenance, require_positive, setup, timed
 from parallel import checkpoint_blocks, compile_blocks
 from block import FASTEST, attention
 from model import PRESETS, build_on, flops, preset
+from quant import snr
 
 TEXT = {"hunyuan": 300}                     # valid text tokens of a usual prompt; other backbones always see text_len
 TINY = dict(dim=64, heads=4, ffn=128, layers=2, freq_dim=32, text_dim=64, rope_dims=(4, 6, 6), size=(9, 64, 96))
@@ -42,6 +44,7 @@ class Config:
     eager: bool = True          # without compiling
     compile: bool = True        # with compiled blocks
     peer: bool = True           # also diffusers, if it is installed
+    quant: str = ""             # further rows of ours with such linears, separated by commas: packed, fp8, te
     repeats: int = 3            # timed calls in each of two repetitions; fewer where calls are slow
     tiny: bool = False          # tiny sizes, on a CPU too: shows that it runs, measures nothing
     out: str = ""               # file for the rows, as JSON
@@ -55,6 +58,7 @@ class Config:
 
 def measure(call, device, repeats):
     """Median time of a call after a first one, which compiles, and those of two repetitions; peak memory of the GPU."""
+    torch.cuda.reset_peak_memory_stats() if GPU else None
     (first, _), repetitions = timed(call, device), ([], [])
     for times in repetitions:
         while len(times) < repeats and sum(times) < PATIENCE:
@@ -80,8 +84,9 @@ def ceilings(device, tiny):
 def random_model(name, device, dtype, **fields):
     """A backbone with random weights made in place, the fp32 ones in fp32; there is never a second copy."""
     model = build_on(device, dtype, name, control=None, **fields)
-    for p in model.parameters():
-        p.data.normal_(std=0.02)
+    for key, p in model.named_parameters():             # so that signals keep their size
+        std = p.shape[1:].numel() ** -0.5 if p.ndim > 1 else 0.02
+        p.data.normal_(std=std).add_(p.ndim == 1 and "norm" in key and key.endswith("weight"))
     return model
 
 
@@ -93,24 +98,29 @@ def example(spec, device):
     return x, torch.full((1, T), 0.7, device=device), torch.randn(1, S, spec.text_dim, device=device)
 
 
-def our_call(name, device, fields, compiled, checkpointing):
-    """A forward with weights in DTYPE, with `checkpointing` a forward and backward with fp32 ones, as we train."""
+def our_call(name, device, fields, compiled, checkpointing, quant="none"):
+    """A forward with weights in DTYPE, with `checkpointing` a forward and backward with fp32 ones, as we train.
+
+    With `quant` linears are rounded; returned are then also GiB of all weights and dB of the velocity over its error.
+    """
     model = random_model(name, device, torch.float32 if checkpointing else DTYPE, **fields)
+    x, sigma, text = example(model.spec, device)
+
+    def velocity(train=checkpointing):
+        with autocast(device), torch.set_grad_enabled(bool(train)):
+            return model(x, sigma, {"text": text})
+    exact = velocity(False)
+    size = sum(t.nbytes for t in qat.apply(model, quant).state_dict().values()) / 2 ** 30
+    facts = {} if quant == "none" else {"gib": size, "snr": snr(exact, velocity(False))}
     if checkpointing:
         checkpoint_blocks(model, keep_attention=checkpointing == "selective")
     if compiled:
-        compile_blocks(model, fullgraph=True)
-    x, sigma, text = example(model.spec, device)
-
-    def velocity():
-        with autocast(device):
-            return model(x, sigma, {"text": text})
-    return partial(step, model, velocity, checkpointing)
+        compile_blocks(model, fullgraph=quant in ("none", "packed"))        # Transformer Engine is not traced
+    return partial(step, model, velocity, checkpointing), facts
 
 
 def step(model, velocity, train):
-    with torch.set_grad_enabled(bool(train)):
-        v = velocity()
+    v = velocity()
     if train:
         v.float().square().mean().backward()
         model.zero_grad(set_to_none=True)
@@ -161,18 +171,15 @@ def peer_call(name, device, fields, compiled, checkpointing):
     spec = preset(name, **fields)
     x, _, text = (y.to(DTYPE) for y in example(spec, device))
     make = {"wan": wan_peer, "hunyuan": hunyuan_peer, "ltx": ltx_peer}[spec.arch]
-    try:
-        torch.set_default_dtype(DTYPE)
-        with torch.device(device):
-            model, blocks, inputs = make(diffusers, spec, x, text)
-    finally:
-        torch.set_default_dtype(torch.float32)
+    with defaults(device, DTYPE):
+        model, blocks, inputs = make(diffusers, spec, x, text)
     if checkpointing:
         model.train().enable_gradient_checkpointing()
     for block in blocks if compiled else ():
         block.compile(dynamic=False)
-    call = partial(step, model, lambda: model(**inputs, return_dict=False)[0], checkpointing)
-    return sdpa_kernel(FASTEST, set_priority=True)(call) if GPU else call
+    velocity = torch.set_grad_enabled(bool(checkpointing))(lambda: model(**inputs, return_dict=False)[0])
+    call = partial(step, model, velocity, checkpointing)
+    return sdpa_kernel(FASTEST, set_priority=True)(call) if GPU else call, {}
 
 
 # ---- Rows ------------------------------------------------------------------------------------------------------------
@@ -184,11 +191,12 @@ def jobs(mode, cfg):
         makers[f"diffusers {version('diffusers')}"] = peer_call
     elif cfg.peer:
         print("diffusers is not installed: no rows of it")
+    makers |= {f"ours, {quant}": partial(our_call, quant=quant) for quant in cfg.quant.split(",") if quant}
     official = [name for name, p in PRESETS.items() if "/" in p.source and (mode == "forward" or p.arch == "wan")]
     for name in [cfg.backbone] if cfg.backbone else official:
         for how in ["eager"] * cfg.eager + ["compiled"] * cfg.compile:
             for who, make in makers.items():
-                for kept in [""] if mode == "forward" else ["selective", "full"] if who == "ours" else ["full"]:
+                for kept in [""] if mode == "forward" else ["selective", "full"] if "ours" in who else ["full"]:
                     yield name, who, f"{how} {kept}".strip(), partial(make, compiled=how[0] == "c", checkpointing=kept)
 
 
@@ -201,21 +209,25 @@ def row(mode, cfg, device, rates, name, who, how, make):
     if mode == "train":
         linear, scores, rate = 3 * linear, 3.5 * scores, rates["attention_train"]
     done = {"mode": mode, "backbone": name, "size": list(spec.size), "who": who, "how": how,
-            "tflop": (linear + scores) / 1e12, "ceiling_ms": (linear / rates["matmul"] + scores / rate) / 1e9}
+            "tflop": (linear + scores) / 1e12, "ceiling_ms": (linear / rates["matmul"] + scores / rate) / 1e9,
+            "linear_ms": linear / rates["matmul"] / 1e9}
     try:
-        return done | measure(make(name, device, fields), device, cfg.repeats)
+        call, facts = make(name, device, fields)
+        return done | facts | measure(call, device, cfg.repeats)
     except torch.OutOfMemoryError:
         return done | {"ms": None}
 
 
 def table(rows):
     """The rows in markdown."""
-    lines = ["| backbone | frames, height, width | who | how | ms | TFLOP/s | of ceiling | peak GiB | first call, s |",
-             "|---|---|---|---|---:|---:|---:|---:|---:|"]
+    more = any("snr" in r for r in rows)
+    lines = ["| backbone | frames, height, width | who | how | ms | TFLOP/s | of ceiling | peak GiB | first call, s |" +
+             " weights GiB | dB |" * more, "|---" * 4 + "|---:" * (5 + 2 * more) + "|"]
     for r in rows:
         cells = ["out of memory", *"----"] if r["ms"] is None else [
             f"{r['ms']:.1f}", f"{1000 * r['tflop'] / r['ms']:.3g}", f"{r['ceiling_ms'] / r['ms']:.0%}",
             f"{r['peak_gib']:.1f}", f"{r['first_s']:.1f}"]
+        cells += [f"{r['gib']:.2f}", f"{r['snr']:.1f}"] if "snr" in r else ["-", "-"] * more
         lines.append("| " + " | ".join([r["backbone"], str(r["size"])[1:-1], r["who"], r["how"], *cells]) + " |")
     return lines
 
@@ -231,9 +243,7 @@ def main(mode, cfg):
     for job in jobs(mode, cfg):
         gc.collect()                                    # the last model
         torch._dynamo.reset()
-        if GPU:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+        torch.cuda.empty_cache()
         rows.append(row(mode, cfg, device, rates, *job))
         print(table(rows)[-1], flush=True)
         if cfg.out:

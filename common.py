@@ -168,6 +168,18 @@ def timed(function, device):
     return 1000 * (time.perf_counter() - begin), result
 
 
+@contextlib.contextmanager
+def defaults(device, dtype):
+    """Within it new tensors are on `device` and, if they are floats, in `dtype`."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def derive(seed, *names):
     """A 63-bit seed for the stream `names` of `seed`; every use of chance has a stream of its own."""
     digest = hashlib.sha256(repr((seed, *names)).encode()).digest()

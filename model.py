@@ -25,7 +25,7 @@ import inject
 import nvfp4
 import weights
 from block import Block, Group, attention
-from common import rank
+from common import defaults, rank
 from memory import EMPTY, Cache, enter, prefill, through
 from rotary import grid, ltx_rope, rotary, rotate, rotate_halves
 from parallel import fill
@@ -726,13 +726,8 @@ def build(name, control="adaln", sentences=None, **fields):
 
 def build_on(device, dtype, name, **fields):
     """`build` in place on a device, weights in `dtype` but where the official run computes in fp32: no second copy."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            model = build(name, **fields)
-    finally:
-        torch.set_default_dtype(before)
+    with defaults(device, dtype):
+        model = build(name, **fields)
     for key, p in model.named_parameters():
         p.data = p.data.float() if model.fp32.search(key) else p.data
     return model

@@ -73,9 +73,19 @@ def test_the_ceiling_is_the_sum_of_both_kinds_of_work_at_their_rates(monkeypatch
     monkeypatch.setattr(bench, "flops", lambda *a: dict(linear=3e9, self_attention=5e9, text_attention=1e9))
     rates = dict(matmul=1.0, attention=2.0, attention_train=4.0)
     cfg = parse(bench.Config, ["--tiny"])
-    ceiling = [bench.row(mode, cfg, torch.device("cpu"), rates, "wan2.2-5b", "ours", "", lambda *a: None)["ceiling_ms"]
+    ceiling = [bench.row(mode, cfg, torch.device("cpu"), rates, "wan2.2-5b", "ours", "", lambda *a: (None, {}))["ceiling_ms"]
                for mode in ("forward", "train")]
     assert ceiling == [3 + 6 / 2, 3 * 3 + 3.5 * 6 / 4]                                  # ms; backward is twice and 2.5 times
+
+
+def test_rounded_linears_have_rows_of_their_own_with_their_size_and_error(capsys):
+    flags = ["--tiny", "--no-compile", "--no-peer", "--backbone", "wan2.2-5b", "--repeats", "1", "--quant", "packed"]
+    plain, packed = bench.main("forward", parse(bench.Config, flags))
+    assert (plain["who"], packed["who"]) == ("ours", "ours, packed") and "snr" not in plain
+    assert 15 < packed["snr"] < 35                                                      # 4 bits of random weights
+    assert "weights GiB | dB |" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="'packd'"):
+        bench.main("forward", parse(bench.Config, [*flags[:-1], "packd"]))
 
 
 def test_out_of_memory_is_a_row_and_not_the_end(monkeypatch, capsys):

@@ -38,7 +38,6 @@ from weights import ASSETS, default_source
 from video import VideoFile, compose, spread
 
 SEATS = 4                           # sessions at once; they take turns on one device
-SLACK = 0.1                         # seconds by which a chunk is to be there before it is due, as in play.html
 LONGEST = 2400                      # latent frames of a recording: five minutes of the embedded world
 TYPES = {".html": "text/html; charset=utf-8", ".mp4": "video/mp4", ".txt": "text/plain; charset=utf-8"}
 
@@ -201,7 +200,7 @@ def bench(server, seconds):
     costs, latencies, changed, chunks = [], [], [], 0
     begin = due = change = time.perf_counter()                  # due: when the chunk in the making is to be shown
     while due < begin + seconds:
-        time.sleep(max(0, due - max(costs[-5:], default=0) - SLACK - time.perf_counter()))
+        time.sleep(max(0, due - max(costs[-5:], default=0) - 0.1 - time.perf_counter()))    # SLACK of the page
         asked = time.perf_counter()
         while change < asked:
             changed.append(change)

@@ -222,7 +222,7 @@ def blocks():
     """{marker: what stands between it and its end}."""
     found = results()
     speed = {name: "\n".join(bench.table(json.loads((RESULTS / f"{name}.json").read_text())["rows"]))
-             for name in ("forward", "train")}
+             for name in ("forward", "train", "cpu-forward", "cpu-train")}
     tables = {f"table {number}": table_of(number, found) for number in TABLES}
     speed |= {f"sweep {file.stem}": sweep(json.loads(file.read_text())) for file in RESULTS.glob("sweeps/*.json")}
     return speed | tables | {"claims": claims({name: figures_of(reports) for name, reports in found.items()}, found)}

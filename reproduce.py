@@ -22,7 +22,7 @@ from claims import claims
 from common import ROOT, fail, one_line_errors, parse, require_positive, write_text
 from metrics import over_seeds, sweep, table
 
-RESULTS = ROOT / "results"
+RESULTS, SPEED = ROOT / "results", ("forward", "train", "cpu-forward", "cpu-train")    # SPEED: rows of bench.py
 LONG = "--seconds 60 --clips 64 --revisit 64 --dreams 4 --out {run}/figures.json --seeds"
 STUDENT = f"evaluate.py --no-references --student {{run}}/stage2/student.safetensors {LONG} 3"
 STAGE1 = ("train_stage1.py --steps 9000 --batch 256 --pool 4096 --refresh 4000 --save_every 1000 --log_every 50 "
@@ -222,7 +222,7 @@ def blocks():
     """{marker: what stands between it and its end}."""
     found = results()
     speed = {name: "\n".join(bench.table(json.loads((RESULTS / f"{name}.json").read_text())["rows"]))
-             for name in ("forward", "train", "cpu-forward", "cpu-train")}
+             for name in SPEED}
     tables = {f"table {number}": table_of(number, found) for number in TABLES}
     speed |= {f"sweep {file.stem}": sweep(json.loads(file.read_text())) for file in RESULTS.glob("sweeps/*.json")}
     return speed | tables | {"claims": claims({name: figures_of(reports) for name, reports in found.items()}, found)}

@@ -20,18 +20,18 @@ def test_every_table_has_its_place():
     marks = re.findall("<!-- (.*?) -->", text)
     tables = [f"table {n}" for n in range(1, 10)]
     sweeps = [f"sweep {name}" for name in ("default", "terms", "control")]
-    assert [mark for mark in marks if mark != "end"] == ["claims", *tables, *sweeps, "forward", "train", "sweep shards"]
-    assert marks.count("end") == 16
+    assert [mark for mark in marks if mark != "end"] == ["claims", *tables, *sweeps, *reproduce.SPEED, "sweep shards"]
+    assert marks.count("end") == 18
 
 
 def test_speed_names_the_commit_of_its_json():
     text = (ROOT / "RESULTS.md").read_text()
-    for name in ("forward", "train"):
+    for name in reproduce.SPEED:
         assert json.loads((ROOT / "results" / f"{name}.json").read_text())["commit"] in text
 
 
 def test_results_carry_what_made_them():
-    files = [file for file in (ROOT / "results").glob("*.json") if file.stem not in ("forward", "train")]
+    files = [file for file in (ROOT / "results").glob("*.json") if file.stem not in reproduce.SPEED]
     for file in files:
         report = json.loads(file.read_text())
         assert {"settings", "commit", "device", "weights", "minutes", "recipe", "training_seed"} <= report.keys(), file

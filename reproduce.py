@@ -46,10 +46,10 @@ def both(first, second="", backbone="", lr="2e-3"):
 
 
 def remembering(kind, how):
-    """The shipped teacher with a history, taught with pasts of up to 50 s, then distilled behind such pasts."""
+    """The shipped teacher with a history, taught with pasts of up to 50 s, then distilled behind up to 25 s."""
     more = {"none": " --recompute", "framepack": " --recent 4"}.get(kind, "")
     return (f"{TAUGHT} --history {kind} --attention {how}{more}",
-            f"{STAGE2} --steps 60 --batch 4 --past 200 --teacher {{run}}/stage1/teacher.safetensors", f"{STUDENT}")
+            f"{STAGE2} --steps 60 --batch 4 --past 200 --teacher {{run}}/stage1/teacher.safetensors", STUDENT)
 
 
 def causal(forcing):

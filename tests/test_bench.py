@@ -82,6 +82,8 @@ def test_rounded_linears_have_rows_of_their_own_with_their_size_and_error(capsys
     flags = ["--tiny", "--no-compile", "--no-peer", "--backbone", "wan2.2-5b", "--repeats", "1", "--quant", "packed"]
     plain, packed = bench.main("forward", parse(bench.Config, flags))
     assert (plain["who"], packed["who"]) == ("ours", "ours, packed") and "snr" not in plain
+    whole = bench.random_model("wan2.2-5b", torch.device("cpu"), torch.float32, **bench.TINY)
+    assert 0.1 < packed["gib"] * 2 ** 30 / sum(4 * p.numel() for p in whole.parameters()) < 0.6        # linears are most
     assert 15 < packed["snr"] < 35                                                      # 4 bits of random weights
     assert "weights GiB | dB |" in capsys.readouterr().out
     with pytest.raises(ValueError, match="'packd'"):

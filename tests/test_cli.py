@@ -167,7 +167,7 @@ BAD = [("train_stage1.py", ["--stepz", "3"], "--stepz"), ("train_stage1.py", ["-
        ("train_stage2.py", ["--quant_loss", "-1"], "--quant_loss must not"),
        ("train_stage2.py", ["--tune", "half"], "--tune is full or lora"), ("train_stage2.py", ["--gan", "-1"], "--gan must not"),
        ("train_stage2.py", ["--teacher_fkl", "1", "--denoise", "1"], "--denoise 2"),
-       ("train_stage2.py", ["--teacher", "random"], "--preview 0"),
+       ("train_stage2.py", ["--teacher", "random"], "--preview 0"), ("train_stage2.py", ["--cooldown", "2"], "--cooldown 2.0"),
        ("train_stage2.py", ["--teacher", "/nowhere.safetensors"], "/nowhere.safetensors does not exist"),
        ("train_stage2.py", ["--teacher", "README.md"], "not a complete safetensors file"),
        ("train_stage2.py", ["--out", "/proc/nothing"], "cannot write to --out /proc/nothing"),

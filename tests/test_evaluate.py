@@ -167,3 +167,14 @@ def test_a_probe_is_trained_on_real_video_as_it_is_and_through_the_codec(tmp_pat
         assert lost < 0.3 if step % 2 else lost > 1                                     # what was coded loses no more
     made, fresh = probe.load_probe("cpu", tmp_path / "p.safetensors").state_dict(), probe.Probe().state_dict()
     assert made.keys() == fresh.keys() and not made["head.weight"].equal(fresh["head.weight"])
+
+
+def test_a_probe_learns_the_label_of_the_second_of_two_frames():
+    """Labels 0 and 80 are the brightness of their frame."""
+    def clips(step):
+        bright = torch.randint(2, (24, 2), generator=torch.Generator().manual_seed(step))
+        return (bright[..., None, None, None] * 200).to(torch.uint8).expand(-1, -1, 64, 96, 3), 80 * bright
+    net = probe.learnt(clips, 30, "cpu")
+    video, labels = clips(99)
+    read = net.read(video)[0][:, 0]                                                     # [B, 2]
+    assert (9 * read[:, 0] + read[:, 1] == labels[:, 1]).float().mean() > 0.9

@@ -340,6 +340,15 @@ def test_all_is_on_the_disk_before_a_checkpoint_has_its_name(tmp_path, monkeypat
     assert tmp_path in events[named:]
 
 
+def test_a_small_file_has_its_name_once_it_is_on_the_disk_and_then_that_is_too(tmp_path, monkeypatch):
+    events, fsync, rename = [], os.fsync, Path.rename
+    monkeypatch.setattr(os, "fsync", lambda h: events.append(os.readlink(f"/proc/self/fd/{h}")) or fsync(h))
+    monkeypatch.setattr(Path, "rename", lambda path, to: events.append(f"name {to}") or rename(path, to))
+    common.write_text(tmp_path / "x.json", "new")
+    assert events == [f"{tmp_path}/x.json.partial", f"name {tmp_path}/x.json", str(tmp_path)]
+    assert (tmp_path / "x.json").read_text() == "new"
+
+
 def flip(path):
     raw = bytearray(path.read_bytes())
     raw[len(raw) // 2] ^= 1

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import common
 import model
 import weights
 from parallel import checkpoint_blocks, compile_blocks
@@ -321,3 +322,19 @@ def test_attention_asks_for_the_fastest_kernel_on_a_gpu_and_leaves_the_setting_a
     assert seen[0][:4] == [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
                            SDPBackend.MATH]
     assert order() == before
+
+
+def test_a_local_folder_goes_before_a_repository_of_its_name(tmp_path, monkeypatch):
+    def unasked(*args, **kwargs):
+        raise AssertionError("the hub was asked")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unasked)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    assert weights.fetched("org/name", "*").resolve() == tmp_path / "org" / "name"
+
+
+def test_defaults_are_as_before_behind_what_is_made_in_bf16():
+    with pytest.raises(KeyError), common.defaults("meta", torch.bfloat16):
+        assert torch.empty(1).dtype == torch.bfloat16 and torch.empty(1).is_meta
+        raise KeyError
+    assert torch.empty(1).dtype == torch.float32 and not torch.empty(1).is_meta

@@ -6,6 +6,7 @@ over a finished Wan backbone: only its self-attention changes, and no weight. Wh
 better and what it costs more is measured against this (train_causal.py, evaluate.py --causal).
 """
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -43,22 +44,26 @@ class Causal:
     """
 
     def __init__(self, model):
-        if model.spec.arch != "wan" or model.control is None or model.control.kinds != ["adaln"]:
-            kinds = model.control and "+".join(model.control.kinds)
-            raise ValueError("the causal baseline is a Wan backbone with control adaln, which tells each frame its own "
-                             f"label; {model.spec.name} has {kinds}")
+        kinds = {*(model.control.kinds if model.control else ())}
+        if model.spec.arch != "wan" or not kinds or kinds - {"adaln", "prope"}:
+            raise ValueError("the causal baseline is a Wan backbone with control adaln or prope, which tell each frame "
+                             f"of itself; {model.spec.name} has {'+'.join(sorted(kinds)) or None}")
         self.model, self.spec, self.device = model, model.spec, next(model.parameters()).device
+        self.kept = 1 + ("prope" in kinds)              # caches of a block: PRoPE's attention has keys of its own
         self.reset(self.spec.window - self.spec.chunk)
         for i, block in enumerate(model.blocks):
             block.attend = partial(self.attend, i)
 
     def attend(self, i, q, k, v, mask=None, shared=0):      # [B, heads, N, d], positions turned
         """What block i calls instead of attention: new tokens also see those remembered."""
-        if self.cache[i] is not None:
-            k, v = (torch.cat(pair, 2) for pair in zip(self.cache[i], (k, v)))
+        caches = self.cache[i]
+        known = caches.pop(0)                           # its caches take turns, as its attentions do
+        if known is not None:
+            k, v = (torch.cat(pair, 2) for pair in zip(known, (k, v)))
         if self.writing:
             keep = self.past * (q.shape[2] // self.writing)                             # tokens of `past` frames
-            self.cache[i] = k[:, :, -keep:], v[:, :, -keep:]
+            known = k[:, :, -keep:], v[:, :, -keep:]
+        caches.append(known)
         return attention(q, k, v, self.mask)
 
     def run(self, x, sigma, condition, frames):
@@ -67,7 +72,8 @@ class Causal:
 
     def reset(self, past):
         """Forget all frames; of those to come, the latest `past` are remembered."""
-        self.past, self.cache, self.seen, self.writing, self.mask = past, [None] * self.spec.layers, 0, 0, None
+        self.past, self.seen, self.writing, self.mask = past, 0, 0, None
+        self.cache = [[None] * self.kept for _ in range(self.spec.layers)]
 
     def __call__(self, x, sigma, condition):
         return self.run(x, sigma, condition, self.seen + torch.arange(x.shape[2], device=x.device))
@@ -87,7 +93,8 @@ class Causal:
         self.reset(self.spec.window - self.spec.chunk)                                  # as the bidirectional history
         mask = forcing_mask(T, self.spec.chunk, self.past).to(x0.device)
         self.mask = mask.repeat_interleave(L, 0).repeat_interleave(L, 1)                # [2*T*L, 2*T*L]
-        twice = Condition(condition.text, Control(condition.control.actions.repeat(1, 2)))
+        doubled = {name: torch.cat([x, x], 1) for name, x in vars(condition.control).items() if x is not None}
+        twice = Condition(condition.text, Control(**doubled))
         levels = torch.cat([torch.zeros_like(sigma), sigma], 1)
         v = self.run(torch.cat([x0, x_t], 2), levels, twice, torch.arange(T, device=x0.device).repeat(2))[:, :, T:]
         self.mask = None
@@ -102,19 +109,25 @@ def forcing_loss(net, x0, condition):
     return flow_loss(net.forced(x0, add_noise(x0, noise, sigma), sigma, condition), x0, noise)
 
 
+def told(condition, start, stop):
+    """As `Condition.frames`, but cameras stay relative to the clip's first frame, as those of keys that are kept."""
+    part, c2w = condition.frames(start, stop), condition.control.c2w
+    return part if c2w is None else replace(part, control=replace(part.control, c2w=c2w[:, start:stop]))
+
+
 def chunks(net, condition, prefix, frames, sigmas, chunk, window, noise, sampler, options_at):
     """`rollout.chunks` with a cache instead of a history that is computed again at every step."""
     (B, C, n, H, W), samples, clean = prefix.shape, [prefix], [prefix]
     net.reset(window - chunk)
     for s, e in blocks(n, chunk):
-        net.remember(prefix[:, :, s:e], condition.frames(s, e))
+        net.remember(prefix[:, :, s:e], told(condition, s, e))
     while n < frames:
         K = min(chunk, frames - n)
-        told, nothing = condition.frames(n, n + K), prefix[:, :, :0]
-        sample, finished = sampler(net, nothing, (B, C, K, H, W), sigmas, told, noise, **options_at(n + K))
+        part, nothing = told(condition, n, n + K), prefix[:, :, :0]
+        sample, finished = sampler(net, nothing, (B, C, K, H, W), sigmas, part, noise, **options_at(n + K))
         n += K
         if n < frames:
-            net.remember(finished, told)
+            net.remember(finished, part)
         samples.append(sample)
         clean.append(finished)
     return torch.cat(samples, 2), torch.cat(clean, 2)                                   # each [B, C, frames, H, W]

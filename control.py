@@ -146,14 +146,16 @@ def motion(actions):
     return move / move.norm(dim=-1, keepdim=True).clamp_min(1), turn
 
 
-def poses_from_labels(actions, step, angle):
+def poses_from_labels(actions, step, angle, tilt=0.0):
     """c2w float64 [..., T, 4, 4] of a camera that obeys `actions` [..., T] in free space, relative to frame 0.
 
     It moves `step` along its heading on the ground plane and then turns by `angle` degrees about each active axis.
+    Before the first action it looks up by `tilt` degrees (a number or [...]).
     """
     move, turn = motion(check_actions(actions))
     turned = turn.cumsum(-2) * math.radians(angle)                                      # after each label
-    pitch, yaw = turned[..., 0], turned[..., 1]
+    pitch = turned[..., 0] + torch.as_tensor(tilt, dtype=turned.dtype).deg2rad()[..., None]
+    yaw = turned[..., 1]
     before = yaw - turn[..., 1] * math.radians(angle)                                   # heading while it moves
     right, ahead = move[..., 0] * step, move[..., 1] * step
     x = (right * before.cos() + ahead * before.sin()).cumsum(-1)

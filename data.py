@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import world
 from common import data_rank, data_ranks, generator
-from control import ACTION_SPEC, ACTIONS, Condition, Control, relative
+from control import ACTION_SPEC, ACTIONS, Condition, Control, poses_from_labels, relative
 from shards import caption_states, read_index, read_shard
 
 
@@ -57,9 +57,9 @@ class Trips:
 
 
 class WorldStream:
-    """Windows of the embedded world, rendered live. Half of them carry the labels of what happened, half those of what
-    was asked for: no motion shows a key that a wall stops, so walls are learnt from the latter. Cameras show what
-    happened."""
+    """Windows of the embedded world, rendered live. Half of them carry labels and cameras of what happened, half of
+    what was asked for, as if no wall were there: no motion shows a key that a wall stops, so walls are learnt from the
+    latter. A player's cameras are of that kind (`Codec.cameras`)."""
 
     def __init__(self, codec, seed, pool=256, length=48, refresh=200, split="train"):
         """`pool` trajectories of `length` frames live for `refresh` steps; splits never share a trajectory."""
@@ -79,6 +79,8 @@ class WorldStream:
                                   for i in range(0, self.pool, 64)])                    # [N, C, length, H, W]
         self.labels, self.maps = torch.stack([trips.actions, trips.asked]).to(device), trips.maps.to(device)
         self.control = trips.control(device)
+        asked = poses_from_labels(trips.asked, world.STEP, world.ANGLE, trips.states[:, 0, 3]).float()
+        self.c2w = torch.stack([self.control.c2w, asked.to(device)])                    # [2, N, length, 4, 4]
         self.loaded = number
 
     def batch(self, step, size, frames):
@@ -95,13 +97,13 @@ class WorldStream:
         index = start[:, None] + torch.arange(frames, device=self.codec.device)         # [B, T]
         x0 = self.latents[trip[:, None], :, index].transpose(1, 2)                      # [B, C, T, H, W]
         text = {key: value[self.maps[trip]] for key, value in self.captions.items()}
-        at = trip[:, None], index
-        control = Control(self.labels[kind[:, None], *at], relative(self.control.c2w[at]), self.control.K[at])
+        at = kind[:, None], trip[:, None], index
+        control = Control(self.labels[at], relative(self.c2w[at]), self.control.K[at[1:]])
         return Batch(x0.contiguous(), Condition(text, control), ids)
 
 
 class RandomStream:
-    """Noise in the shape of a backbone's clips, text and actions: speed and memory of training, without any data."""
+    """Noise in the shape of a backbone's clips, text, actions and cameras: speed and memory without any data."""
 
     def __init__(self, spec, seed, device):
         self.spec, self.seed, self.device = spec, seed, device
@@ -120,7 +122,8 @@ class RandomStream:
         x0 = torch.randn(size, spec.channels, frames, H, W, generator=g).to(self.device)
         actions = torch.randint(ACTIONS, (size, frames), generator=g).to(self.device)
         ids = [f"random rank {data_rank()} step {step} clip {i}" for i in range(size)]
-        return Batch(x0, Condition(self.text([""] * size), Control(actions)), ids)
+        still = torch.eye(4, device=self.device).expand(size, frames, 4, 4)
+        return Batch(x0, Condition(self.text([""] * size), Control(actions, still, still[..., :3, :3])), ids)
 
 
 class ShardStream:
@@ -131,8 +134,9 @@ class ShardStream:
     twice as many clips. Shards are mapped, not loaded, and their sha256 is compared when they are first needed.
     """
 
-    def __init__(self, folder, spec, fingerprint, seed, device="cpu", split="train"):
-        """`fingerprint` is that of the run's codec; ValueError if the shards are of another one, or of other labels."""
+    def __init__(self, folder, spec, fingerprint, seed, device="cpu", split="train", cameras=lambda actions: ()):
+        """`fingerprint` is that of the run's codec; ValueError if the shards are of another one, or of other labels.
+        `cameras` makes those of labels (`Codec.cameras`), for shards with clips that have none."""
         self.folder, self.seed, self.split, self.device, self.opened = Path(folder), seed, split, device, {}
         self.shards = read_index(folder)
         for shard, (what, ours) in product(self.shards, {"codec": fingerprint, "actions": ACTION_SPEC}.items()):
@@ -144,7 +148,8 @@ class ShardStream:
         if not self.clips:
             raise ValueError(f"{folder} has no clips of the split '{split}'")
         self.lengths, self.crops = torch.tensor([clip["frames"] for *_, clip in self.clips]), spec.stride[0] == 1
-        self.cameras = all(clip["cameras"] for *_, clip in self.clips)      # what not all clips have is told of none
+        self.cameras = all(clip["cameras"] for *_, clip in self.clips)      # what not all clips have is read of none
+        self.of_labels = cameras
 
     def open(self, number):
         """The tensors of a shard; ValueError if the file is not the one that was indexed."""
@@ -170,10 +175,11 @@ class ShardStream:
         rows = [self.window(int(clip), int(start), frames) for clip, start in zip(clips, starts)]
         parts = {key: torch.stack([row[key] for row in rows]).to(self.device) for key in rows[0] if key != "text"}
         text = {key: pad_sequence([row["text"][key] for row in rows], True).to(self.device) for key in rows[0]["text"]}
-        cameras = (relative(parts["c2w"]), parts["K"]) if self.cameras else ()
+        actions = parts["actions"].long()
+        cameras = (relative(parts["c2w"]), parts["K"]) if self.cameras else self.of_labels(actions)
         ids = [f"{self.split} {self.shards[shard]['file']} clip {clip} frames {a}..{a + frames - 1}"
                for (shard, clip, _), a in zip((self.clips[clip] for clip in clips), starts.tolist())]
-        return Batch(parts["x0"].float(), Condition(text, Control(parts["actions"].long(), *cameras)), ids)
+        return Batch(parts["x0"].float(), Condition(text, Control(actions, *cameras)), ids)
 
     def window(self, index, start, frames):
         """The tensors of a window of clip `index`, and its text."""
@@ -190,6 +196,6 @@ def open_stream(folder, coder, spec, seed, frames, pool, length, refresh):
         raise ValueError(f"{spec.name} does not learn from the embedded world; encode.py makes shards: --data FOLDER")
     if not folder:
         return WorldStream(coder, seed, pool, max(length, frames), refresh)
-    stream = ShardStream(folder, spec, coder.fingerprint(), seed, coder.device)
+    stream = ShardStream(folder, spec, coder.fingerprint(), seed, coder.device, cameras=coder.cameras)
     stream.windows(frames)                                                              # an error comes now, not later
     return stream

@@ -100,8 +100,10 @@ def prope(q, k, v, branch, attend):
 def turn(x, matrix):
     """x [B, heads, T*L, d], each four channels multiplied by its frame's matrix [B, T, 4, 4], in fp32."""
     with torch.autocast(x.device.type, enabled=False):
-        y = rearrange(x.float(), "b h (t l) (c i) -> b h t (l c) i", t=matrix.shape[1], i=4) @ matrix.mT[:, None]
-    return rearrange(y, "b h t (l c) i -> b h (t l) (c i)", c=x.shape[-1] // 4)
+        x = rearrange(x.float(), "b h (t l) (c i) -> b h t l c i", t=matrix.shape[1], i=4)
+        columns = matrix.mT[:, None, :, None, None].unbind(-2)          # a sum, no matmul: the compiler fuses it
+        y = sum(part[..., None] * column for part, column in zip(x.unbind(-1), columns))
+    return rearrange(y, "b h t l c i -> b h (t l) (c i)")
 
 
 class PlueckerAdapter(nn.Module):
@@ -190,12 +192,12 @@ class Injection(nn.Module):
 
 
 def attach(backbone, kind="adaln", sentences=None, device=None):
-    """Give `backbone` the injections of `kind`, such as "adaln" or "adaln+prope", that it does not have yet, on its own
-    `device` or on that given.
+    """Give `backbone` the injections of `kind`, such as "adaln", "adaln+prope" or none, "", that it does not have yet,
+    on its own `device` or on that given.
 
     `text` needs `sentences` [81, S, E]: SENTENCES as the text encoder gives them, zeros after the end of each.
     """
-    kinds = kind.split("+")
+    kinds = kind.split("+") if kind else []
     if not {*kinds} <= {*KINDS}:
         raise ValueError(f"unknown control '{kind}'; choose {', '.join(KINDS)} or several joined by +")
     for name in kinds:

@@ -56,6 +56,7 @@ class Spec:
     eps: float = 1e-6
     arch: str = "wan"                           # which class below: see ARCHITECTURES
     negative: str = ""                          # prompt of the unconditional branch
+    control: str = "adaln"                      # how control enters if nothing else is said: see inject.py
     chunk: int = 4                              # K, latent frames generated together
     window: int = 20                            # latent frames the teacher is trained on: history and chunk
     source: str = ""                            # hub repository, or the file shipped in assets/
@@ -73,7 +74,8 @@ WAN_NEGATIVE = ("色调艳丽，过曝，静态，细节模糊不清，字幕，
                 "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
 LTX_NEGATIVE = "worst quality, inconsistent motion, blurry, jittery, distorted"  # the official list also fits sound
 TINY = Spec("tiny", dim=192, heads=6, ffn=768, layers=8, channels=24, stride=(1, 8, 8), size=(12, 64, 96), fps=8,
-            shift=3.0, guidance=2.0, text_dim=64, text_len=16, window=12, source="tiny-stage1.safetensors")
+            shift=3.0, guidance=2.0, text_dim=64, text_len=16, window=12, source="tiny-stage1.safetensors",
+            control="prope")
 WAN21 = Spec("wan2.1-1.3b", dim=1536, heads=12, ffn=8960, layers=30, channels=16, stride=(4, 8, 8), size=(81, 480, 832),
              fps=16, shift=5.0, guidance=5.0, negative=WAN_NEGATIVE, source="Wan-AI/Wan2.1-T2V-1.3B")
 PRESETS = {spec.name: spec for spec in (

@@ -9,7 +9,7 @@ from common import reseed
 from dmd import Discriminator, Head, Networks
 from history import configure
 from lora import Adapters
-from model import build_on, load
+from model import PRESETS, build_on, load
 from parallel import checkpoint_blocks, compile_blocks
 from rollout import velocity_of
 
@@ -22,8 +22,10 @@ def networks(cfg, layout, device):
     def network(dtype, quant="none"):
         reseed(cfg.seed, "initialisation")
         place = lambda model: layout.place(qat.apply(model, quant))
-        model = place(build_on(device, dtype, cfg.backbone)) if cfg.teacher == "random" else \
-            load(cfg.backbone, cfg.teacher, device, dtype, prepare=place)
+        if cfg.teacher == "random":
+            model = place(build_on(device, dtype, cfg.backbone, control=PRESETS[cfg.backbone].control))
+        else:
+            model = load(cfg.backbone, cfg.teacher, device, dtype, prepare=place)
         return configure(model, cfg.history, cfg.attention, cfg.recent, cfg.choose)
 
     teacher = network(torch.bfloat16 if device.type == "cuda" else torch.float32,

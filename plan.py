@@ -45,7 +45,8 @@ class State(NamedTuple):
 def state(cfg, stage, frozen=torch.bfloat16):
     """The `State` of a training script's settings, from models on the meta device; what never learns is `frozen`, on a
     GPU bf16. Student and critic, with its head, have their gradients in turn."""
-    kinds = cfg.control.replace("text", "adaln") if stage == 1 else "adaln"     # `text` has no parameters
+    kinds = stage == 1 and cfg.control or preset(cfg.backbone).control
+    kinds = kinds.replace("text", "adaln")                                      # `text` has no parameters
     with torch.device("meta"):
         model = build(cfg.backbone, kinds)
         head = [*Head(model.spec.dim).parameters()] if stage == 2 and cfg.gan else []

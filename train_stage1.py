@@ -4,8 +4,7 @@ Flow matching on clips whose first n frames stay clean at sigma 0 (n = 0 text-, 
 action or camera of every frame, and caption and control dropped now and then so that the teacher can be guided.
 
     torchrun train_stage1.py --steps 20                                              # anywhere; --dry-run: a plan
-    torchrun train_stage1.py --steps 20000 --batch 256 --compile --cuda_graphs       # a good teacher, one GPU
-    torchrun train_stage1.py --control prope --init runs/stage1/teacher.safetensors --init_partial --train control
+    torchrun train_stage1.py --control adaln+prope --init A.safetensors --init_partial --train control
 """
 
 import math
@@ -38,7 +37,7 @@ class Config:
     """Stage 1 of BiWM: control fine-tuning. Running the same command again resumes."""
     backbone: str = "tiny"          # a preset of model.py
     codec: str = ""                 # of an official backbone: folder or hub repository, by default the official one
-    control: str = "adaln"          # how control enters: adaln, text, plucker, prope, or several joined by +
+    control: str = ""               # adaln, text, plucker, prope, several joined by +; empty: --init's or the preset's
     init: str = ""                  # weights to start from; empty: random; random: data too, for speed and memory only
     init_partial: bool = False      # take of them what fits: other control, missing or surplus tensors
     train: str = "all"              # all weights, or control: only those of --control, on a frozen --init
@@ -154,7 +153,8 @@ def learning_rate(step, cfg):
 def initial_model(cfg, coder, layout, device):
     """The network of --init, or a random one, with the control of --control: what is new begins without effect."""
     def prepare(model):
-        attach(model, cfg.control, coder.sentences() if "text" in cfg.control else None, device)
+        control = cfg.control or ("" if model.control else model.spec.control)  # that of --init stays
+        attach(model, control, coder.sentences() if "text" in control else None, device)
         for name, p in model.named_parameters():
             p.requires_grad_(cfg.train == "all" or name.startswith(("control.", "compress.")))
         qat.apply(model, cfg.quant)
@@ -164,7 +164,7 @@ def initial_model(cfg, coder, layout, device):
     if cfg.init == "random":
         model = prepare(build_on(device, torch.float32, cfg.backbone, control=None))
     elif cfg.init:
-        model = load(cfg.backbone, cfg.init, device, control=cfg.control, partial=cfg.init_partial, prepare=prepare)
+        model = load(cfg.backbone, cfg.init, device, torch.float32, cfg.control or None, cfg.init_partial, prepare)
     else:
         model = prepare(build(cfg.backbone, None).to(device))
     return configure(model, cfg.history, cfg.attention, cfg.recent, cfg.choose)
@@ -172,7 +172,7 @@ def initial_model(cfg, coder, layout, device):
 
 def save_teacher(model, ema, cfg, run, step):
     """teacher.safetensors: the averaged weights, all or (--save_trained) those of the control on top of --init."""
-    notes, trained = run.header(steps=step, control=cfg.control), ("control.", "compress.") if cfg.save_trained else ""
+    notes, trained = run.header(steps=step), ("control.", "compress.") if cfg.save_trained else ""
     weights = {key: value for key, value in ema.average.items() if key.startswith(trained)}
     if cfg.save_trained:
         notes["base"] = Path(cfg.init).resolve() if Path(cfg.init).exists() else cfg.init

@@ -264,8 +264,8 @@ class World:
         self.reset()
 
     def reset(self, state=None, seed=0):
-        """Stand at `state` [4], or at a place drawn from `seed`; returns the view [1, H, W, 3]."""
-        place = spawn(self.maps.cpu(), torch.Generator().manual_seed(seed))[0]
+        """Stand at `state` [4], or level at a place drawn from `seed`; returns the view [1, H, W, 3]."""
+        place = spawn(self.maps.cpu(), torch.Generator().manual_seed(seed))[0] * torch.tensor([1, 1, 1, 0])
         self.state = place if state is None else torch.as_tensor(state)
         return self.step([0])
 

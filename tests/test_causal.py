@@ -13,6 +13,7 @@ import evaluate
 import train_causal
 from causal import Causal, blocks, forcing_mask
 from control import Condition, Control
+from encode import TinyCodec
 from flow import flow_loss, schedule
 from model import build
 from rollout import few_step
@@ -21,10 +22,10 @@ from selfforcing import draw_plan
 K, PAST = 4, 8                                                              # chunk and history of tiny
 
 
-@pytest.fixture(scope="module")
-def net():
+@pytest.fixture(scope="module", params=["adaln", "prope", "adaln+prope"])
+def net(request):
     torch.manual_seed(0)
-    model = build("tiny", dim=24, heads=2, ffn=32, layers=2)
+    model = build("tiny", request.param, dim=24, heads=2, ffn=32, layers=2)
     for p in model.parameters():
         p.data.normal_(std=0.2)                                             # a fresh model is deaf to everything
     return Causal(model)
@@ -32,8 +33,8 @@ def net():
 
 def clip(frames, B=2):
     torch.manual_seed(1)
-    return torch.randn(B, 24, frames, 4, 6), Condition({"text": torch.randn(B, 3, 64)},
-                                                       Control(torch.randint(81, (B, frames))))
+    x0, text, actions = torch.randn(B, 24, frames, 4, 6), torch.randn(B, 3, 64), torch.randint(81, (B, frames))
+    return x0, Condition({"text": text}, Control(actions, *TinyCodec("cpu").cameras(actions)))
 
 
 def test_blocks_are_chunks_behind_the_odd_first_frames():
@@ -55,10 +56,10 @@ def test_the_cached_rollout_is_the_masked_forward(net, frames):
     masked = net.forced(x0, noise, sigma, told)
     net.reset(PAST)
     for s, e in blocks(frames, K):
-        v = net(noise[:, :, s:e], sigma[:, s:e], told.frames(s, e))
+        v = net(noise[:, :, s:e], sigma[:, s:e], causal.told(told, s, e))
         assert (v - masked[:, :, s:e]).abs().max() < 1e-5 < v.abs().max()
-        net.remember(x0[:, :, s:e], told.frames(s, e))
-    assert net.cache[0][0].shape[2] == min(frames, PAST) * 6                # no more than the window is kept
+        net.remember(x0[:, :, s:e], causal.told(told, s, e))
+    assert net.cache[0][0][0].shape[2] == min(frames, PAST) * 6             # no more than the window is kept
 
 
 @torch.no_grad()
@@ -83,7 +84,8 @@ def test_later_chunks_cannot_influence_earlier_ones(net):
     x0, told = clip(12)
     x, y, sigma = torch.randn_like(x0), x0.clone(), torch.full((2, 12), 0.5)
     y[:, :, 8:] += 1                                                        # another ending,
-    other = Condition(told.text, Control(torch.where(torch.arange(12) < 8, told.control.actions, 7)))   # other keys
+    keys = torch.where(torch.arange(12) < 8, told.control.actions, 7)                   # other keys
+    other = Condition(told.text, Control(keys, *TinyCodec("cpu").cameras(keys)))
     a, b = net.forced(x0, x, sigma, told), net.forced(y, x, sigma, other)
     torch.testing.assert_close(a[:, :, :8], b[:, :, :8], atol=0, rtol=0)
     assert (a[:, :, 8:] - b[:, :, 8:]).abs().max() > 1e-3
@@ -106,9 +108,9 @@ def test_the_forcing_loss_is_the_mean_of_every_chunks_own(net, monkeypatch):
     net.reset(PAST)
     for s, e in blocks(12, K):
         assert len(sigma[0, s:e].unique()) == 1                             # one level a block
-        v = net(seen["x_t"][:, :, s:e], sigma[:, s:e], told.frames(s, e))
+        v = net(seen["x_t"][:, :, s:e], sigma[:, s:e], causal.told(told, s, e))
         losses.append(flow_loss(v, x0[:, :, s:e], noise[:, :, s:e]))
-        net.remember(x0[:, :, s:e], told.frames(s, e))
+        net.remember(x0[:, :, s:e], causal.told(told, s, e))
     assert len(sigma.unique()) == 6                                         # and one a clip
     assert float(loss) == pytest.approx(float(sum(losses)) / 3, rel=1e-4)
 
@@ -119,7 +121,7 @@ def test_distillation_has_gradient_through_one_step_and_none_through_history(net
     samples, finished = causal.self_rollout(net, told, x0[:, :, :plan.start], plan, net.spec, schedule(2, 3.0),
                                             torch.randn, 0)
     assert not finished.requires_grad and samples.shape == finished.shape == (2, 24, plan.frames, 4, 6)
-    assert not any(kept.requires_grad for layer in net.cache for kept in layer)
+    assert not any(kept.requires_grad for layer in net.cache for cache in layer for kept in cache)
     samples[:, :, plan.start:].sum().backward()
     assert net.model.blocks[0].self_attn.q.weight.grad.abs().sum() > 0
     net.model.zero_grad()
@@ -145,8 +147,8 @@ def test_the_learning_rate_falls_in_a_line_to_that_of_distillation():
 
 
 def test_it_refuses_what_it_cannot_cache():
-    with pytest.raises(ValueError, match="control adaln.*has prope"):
-        Causal(build("tiny", "prope", dim=24, heads=2, ffn=32, layers=1))
+    with pytest.raises(ValueError, match="control adaln or prope.*has plucker"):
+        Causal(build("tiny", "plucker", dim=24, heads=2, ffn=32, layers=1))
 
 
 def test_its_command_trains_resumes_and_can_be_evaluated(tmp_path, monkeypatch):

@@ -5,8 +5,10 @@ import torch
 
 import world
 from common import generator
+from control import relative
 from data import RandomStream, Trips, WorldStream
 from encode import codec
+from metrics import travel
 from model import PRESETS
 
 
@@ -52,6 +54,7 @@ def test_windows_are_random_crops_with_their_own_labels(coder):
 
 
 def test_cameras_are_the_windows_own_and_begin_at_its_first_frame(coder):
+    """Those of what happened; where a wall was in the way the other half have those of the keys: see below."""
     s = stream(coder, pool=4, length=10)
     batch, exact = s.batch(0, 32, 4), Trips(*world.explore(4, 10, generator(3, "train", "pool", 0, 0)))
     c2w, control = world.pose(exact.states), batch.condition.control                    # [4, 10, 4, 4]
@@ -68,6 +71,23 @@ def test_half_of_the_windows_are_told_the_keys_that_were_pressed(coder):
     batch = s.batch(0, 256, 24)                                                         # the whole trajectories
     happened, asked = ((batch.condition.control.actions[:, None] == labels).all(2).any(1) for labels in s.labels)
     assert (happened | asked).all() and 0.3 < (asked & ~happened).sum() / (asked ^ happened).sum() < 0.7
+
+
+def test_those_windows_have_the_cameras_of_one_whom_no_wall_stops(coder):
+    s = stream(coder, pool=64, length=24)
+    batch, exact = s.batch(0, 256, 24), Trips(*world.explore(64, 24, generator(3, "train", "pool", 0, 0)))
+    stopped = 0
+    for actions, c2w in zip(batch.condition.control.actions, batch.condition.control.c2w):
+        asked, happened = (((labels == actions).all(1)).nonzero() for labels in (exact.asked, exact.actions))
+        if not len(asked):
+            i = int(happened[0])
+            torch.testing.assert_close(c2w, relative(world.pose(exact.states[i])), atol=1e-5, rtol=0)
+        if len(asked) and not len(happened):
+            stopped, state = stopped + 1, exact.states[asked[0]]                        # [1, 24, 4]
+            path = torch.stack([travel(actions[None, 1:t + 1], state[:, 0]) for t in range(24)], 1)
+            torch.testing.assert_close(c2w, relative(world.pose(path[0])), atol=1e-5, rtol=0)
+            assert (world.pose(path) - world.pose(state)).abs().max() > 0.1             # through a wall, or too far up
+    assert stopped > 20
 
 
 def test_held_out_trajectories_are_others(coder):

@@ -84,9 +84,8 @@ def half(bits):
 
 
 def e2m1(codes):
-    m = (codes & 7).float()             # a view of bits, as for the scales, would not be fused: two more passes
-    a = torch.where(m < 5, m * 0.5, torch.where(m < 7, m - 2, 6.0))                     # 0 0.5 1 1.5 2 3 4 6
-    return torch.where(codes & 8 > 0, -a, a)
+    m = (codes & 7).float()
+    return torch.where(m < 5, m / 2, torch.where(m < 7, m - 2, 6.0)) * (1 - (codes & 8) / 4)    # 0 .5 1 1.5 2 3 4 6
 
 
 def e4m3(scales):

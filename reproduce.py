@@ -22,7 +22,8 @@ from claims import claims
 from common import ROOT, fail, one_line_errors, parse, require_positive, write_text
 from metrics import over_seeds, sweep, table
 
-RESULTS, SPEED = ROOT / "results", ("forward", "train", "cpu-forward", "cpu-train")    # SPEED: rows of bench.py
+RESULTS = ROOT / "results"
+SPEED = "forward", "fp8-forward", "fp8-train", "train", "cpu-forward", "cpu-train"      # rows of bench.py
 LONG = "--seconds 60 --clips 64 --revisit 64 --dreams 4 --out {run}/figures.json --seeds"
 STUDENT = f"evaluate.py --no-references --student {{run}}/stage2/student.safetensors {LONG} 3"
 STAGE1 = ("train_stage1.py --steps 9000 --batch 256 --pool 4096 --refresh 4000 --save_every 1000 --log_every 50 "

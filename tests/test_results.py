@@ -21,7 +21,7 @@ def test_every_table_has_its_place():
     tables = [f"table {n}" for n in range(1, 10)]
     sweeps = [f"sweep {name}" for name in ("default", "terms", "control")]
     assert [mark for mark in marks if mark != "end"] == ["claims", *tables, *sweeps, *reproduce.SPEED, "sweep shards"]
-    assert marks.count("end") == 18
+    assert marks.count("end") == 20
 
 
 def test_speed_names_the_commit_of_its_json():

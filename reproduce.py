@@ -106,7 +106,7 @@ TABLES = {                      # number: title, figures, {name of a row: recipe
         "60 updates, batch 4": "default", **{f"{n} updates": f"updates-{n}" for n in (15, 30, 120, 240)},
         **{f"batch {n}": f"batch-{n}" for n in (1, 16, 64)}}),
     "9": ("Model sizes; both stages from random weights", (*LOOKS, *AGES, *MEMORY, *COST), {
-        "tiny": "adaln", "small": "small", "base": "base"})}
+        "tiny": "prope", "small": "small", "base": "base"})}
 
 # What --scale shrinks, and how far: a whole table then runs anywhere and says nothing.
 LEAST = {"steps": 2, "batch": 1, "pool": 4, "frames": 8, "forcing": 1, "forcing_batch": 2, "warmup": 1, "refresh": 25,

@@ -335,6 +335,16 @@ def test_another_control_begins_where_the_file_ended(tmp_path, capsys):
     assert loaded["blocks.1.ffn.0.weight"].std() > 0
 
 
+def test_stage_1_has_the_presets_control_unless_init_or_the_flag_say_another(tmp_path):
+    cpu, name = torch.device("cpu"), "tiny"
+    def kinds(**flags):
+        return train_stage1.initial_model(train_stage1.Config(**flags), codec("tiny"), Layout(cpu), cpu).control.kinds
+    save(build(name, "adaln"), tmp_path / "a.safetensors", backbone=name)
+    assert kinds() == ["prope"] and kinds(control="plucker") == ["plucker"] and kinds(init="random") == ["prope"]
+    assert kinds(init=str(tmp_path / "a.safetensors")) == ["adaln"]
+    assert kinds(init=str(tmp_path / "a.safetensors"), control="adaln+prope") == ["adaln", "prope"]
+
+
 def test_stage_1_trains_a_new_control_on_a_frozen_network_and_saves_it_alone(tmp_path):
     coder, shipped = codec("tiny"), str(ASSETS / "tiny-stage1.safetensors")
     cfg = train_stage1.Config(control="adaln+prope", init=shipped, train="control", save_trained=True, out=str(tmp_path))

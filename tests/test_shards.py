@@ -15,6 +15,7 @@ import data
 import shards
 import train_stage1
 import train_stage2
+import world
 from control import labels_from_poses, poses_from_labels
 from data import ShardStream, open_stream
 from encode import codec
@@ -181,6 +182,13 @@ def test_clips_without_cameras_take_them_from_nobody_else(tmp_path):
     folder = make(tmp_path / "a", [recording(0), recording(1, cameras=False)])
     control = stream(folder).batch(0, 4, 6).condition.control
     assert control.c2w is None and control.K is None and control.actions.shape == (4, 6)
+
+
+def test_a_run_gives_clips_without_cameras_those_of_their_labels(tmp_path):
+    make(tmp_path / "a", [recording(0), recording(1, cameras=False)])
+    control = open_stream(tmp_path / "a", codec("tiny"), SPEC, 0, 6, 1, 1, 1).batch(0, 8, 6).condition.control
+    torch.testing.assert_close(control.c2w, poses_from_labels(control.actions, world.STEP, world.ANGLE).float())
+    assert torch.equal(control.K, world.K.expand(8, 6, 3, 3)) and control.c2w[:, -1, :3, 3].abs().max() > 0.1
 
 
 def test_text_states_come_back_with_the_zeros_they_had_and_batch_with_longer_ones(tmp_path):

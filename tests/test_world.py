@@ -168,6 +168,13 @@ def test_step_and_frames_agree():
     assert World(3, size=(32, 48)).reset(seed=5).shape == (1, 32, 48, 3)
 
 
+def test_a_place_from_a_seed_is_level_as_a_players_cameras_suppose():
+    place = World(0)
+    for seed in range(5):
+        place.reset(seed=seed)
+        assert place.state[3] == 0 and not (place.state[:3] == 0).any()
+
+
 @pytest.mark.parametrize("call, words", [
     (lambda: World(4), "maps are integers 0..3"), (lambda: World(-1), "maps are integers 0..3"),
     (lambda: World([0, 1]), "maps are integers 0..3"), (lambda: World(0).step([81]), "labels 0..80"),

@@ -1,31 +1,28 @@
-"""What an update runs: how often each network, on how many frames, what of it differentiated; operations and seconds.
+"""What an update runs: how often each network, on how many frames, what of it differentiated; its operations.
 
 Nothing is written down a second time: stage 2's own rollout and losses run here, on clips of one pixel, with networks
-that only count. Seconds are operations at the rates and the efficiency of results/train.json, measured on one H100.
+that only count. How long it takes says clock.py.
 """
 
-import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 
-from common import ROOT
 from control import Condition, Control
 from dmd import Clip, Networks, Recipe, critic_gradients, student_gradients
 from flow import schedule
-from model import Spec, flops, preset
+from model import Spec, flops
 from selfforcing import draw_plan, self_rollout
-
-PEAK = 989.0                                            # bf16 TFLOP/s of an H100 by its data sheet
 
 
 class Call:
-    """One forward of a network: on how many latent frames, whether a graph was kept, which gradients were asked for."""
+    """One forward of a network: on how many latent frames, whether a graph was kept, which gradients were asked for;
+    whether graphs of earlier forwards waited with it, so that one backward pass adds up the gradients of all."""
 
     def __init__(self, who, frames):
-        self.who, self.frames, self.graph, self.asked = who, frames, False, set()
+        self.who, self.frames, self.graph, self.asked, self.joins = who, frames, False, set(), False
 
 
 class Seen(torch.autograd.Function):
@@ -58,6 +55,7 @@ class Tally:
             if v.requires_grad:
                 call.graph = True
                 waiting = [c.frames for c in self.calls if c.who == who and c.graph and not c.asked]
+                call.joins = len(waiting) > 1
                 self.alive[who] = max(self.alive[who], (sum(waiting), call.frames))
             return v
         return velocity
@@ -107,32 +105,30 @@ class Job(NamedTuple):
     replicas: int = 1
     sequence: int = 1
     trains: bool = True             # the weights themselves, not adapters or control on them
+    compile: bool = True            # the blocks
+
+    @property
+    def shards(self):
+        """GPUs that share one copy of the weights."""
+        return self.gpus // self.replicas if self.shard == "fsdp" else 1
+
+
+def passes(job, call, mode):
+    """Operations of a call's forward and of its backward pass: linear, attention alone, attention that has a backward
+    (of 2.5 forwards)."""
+    kinds, share = flops(job.spec, call.frames, *job.spec.grid(*job.spec.size[1:])), job.batch / job.sequence
+    linear, scores = share * kinds["linear"], share * (kinds["self_attention"] + kinds["text_attention"])
+    asked, own = bool(call.asked), "weights" in call.asked and job.trains
+    again = asked and mode != "none"
+    return ({"linear": linear, "attention": scores * (not asked), "attention_train": scores * asked},
+            {"linear": linear * (asked + own + again), "attention": scores * (again and mode == "full"),
+             "attention_train": 2.5 * scores * asked})
 
 
 def work(job, tally, mode):
-    """Operations of one update on one GPU: linear, attention alone, attention with its backward (3.5 forwards)."""
-    done = dict.fromkeys(("linear", "attention", "attention_train"), 0.0)
-    (rows, columns), share = job.spec.grid(*job.spec.size[1:]), job.batch / job.sequence
+    """Operations of one update on one GPU, by kind."""
+    done = Counter(linear=0.0, attention=0.0, attention_train=0.0)
     for call in tally.calls:
-        kinds = flops(job.spec, call.frames, rows, columns)
-        linear, scores = share * kinds["linear"], share * (kinds["self_attention"] + kinds["text_attention"])
-        again = bool(call.asked) and mode != "none"
-        own = "weights" in call.asked and job.trains
-        done["linear"] += linear * (1 + bool(call.asked) + own + again)
-        done["attention_train"] += 3.5 * scores * bool(call.asked)
-        done["attention"] += scores * (not call.asked) + scores * (again and mode == "full")
+        for part in passes(job, call, mode):
+            done.update(part)
     return done
-
-
-def seconds(done, tflops=PEAK):
-    """Of `work` on a GPU with this peak, at the rates that an H100 was seen to reach and the efficiency of training."""
-    measured = json.loads((ROOT / "results" / "train.json").read_text())
-    rates = {"linear": "matmul", "attention": "attention", "attention_train": "attention_train"}
-    ideal = lambda done: sum(n / measured["ceilings"][rates[kind]] for kind, n in done.items()) / 1e12
-    shares = []
-    for row in measured["rows"]:
-        if row["who"] == "ours":
-            spec = preset(row["backbone"], size=tuple(row["size"]))
-            job = Job(spec, [stage1_calls(spec.latent_frames(row["size"][0]))])
-            shares.append(1000 * ideal(work(job, job.tallies[0], row["how"].split()[1])) / row["ms"])
-    return ideal(done) / (sum(shares) / len(shares)) * PEAK / tflops

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import traceback
+from collections import Counter
 from copy import deepcopy
 from dataclasses import replace
 from datetime import timedelta
@@ -23,6 +24,7 @@ import torch.distributed.checkpoint.state_dict as dsd
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -33,6 +35,7 @@ import data
 import model
 import train_stage1
 import train_stage2
+from clock import traffic
 from common import EMA, barrier, derive, descend, mean_over_ranks, on_host, parse, rank, setup
 from control import Control
 from dmd import Discriminator, Head
@@ -40,6 +43,7 @@ from inject import attach
 from lora import Adapters
 from parallel import Layout, checkpoint_blocks
 from rollout import velocity_of
+from tally import Job
 from weights import save
 
 CHECKS = {}
@@ -199,6 +203,34 @@ def several_forwards_may_await_one_backward():
             descend(optimizer, 1.0)
             results.append({"after": net(*clip(net)), **grads})
     same(results[1], results[0])
+
+
+@check
+def a_plan_knows_what_shards_move():
+    """Bytes that reach a process, half of what a collective takes or makes, against clock.traffic: of a forward alone;
+    with a backward, also of one that two forwards await; below adapters, whose base is frozen."""
+    class Moved(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            for name in "allgather", "reduce_scatter":
+                if f"{name}_base" in str(op):
+                    moved[name] += max(args[0].nbytes, args[1].nbytes) / 2
+            return op(*args, **kwargs or {})
+
+    for trains, asked, forwards in ((True, False, 1), (True, True, 1), (True, True, 2), (False, True, 1)):
+        net, moved = network("ltx2.3-22b"), Counter()
+        size = sum(p.nbytes for block in net.transformer_blocks for p in block.parameters())
+        ends = sum(p.nbytes for p in net.parameters()) - size
+        net, expected = layout(**FSDP).place(net).requires_grad_(trains), Counter()
+        (x, *args), job = clip(net), Job(net.spec, [], gpus=2, shard="fsdp")
+        with Moved(), torch.set_grad_enabled(asked):
+            loss = sum(loss_of(net(x.requires_grad_(not trains), *args)) for _ in range(forwards))
+            loss.backward() if asked else None
+        for joins in range(forwards):
+            (first, again, reduced), (out, _, back) = (traffic(job, n, asked, trains and asked and not joins)
+                                                       for n in (size, ends))
+            expected.update(allgather=first + again + out, reduce_scatter=reduced + back)
+        for name in expected:
+            same(moved[name], expected[name], 0.01)                                     # odd rows are padded
 
 
 @check

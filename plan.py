@@ -144,8 +144,8 @@ def table(job, state):
         f"{sum(bool(call.asked) for call in calls) / draws:.1f} (means of {draws} draws); on one GPU:", "",
         f"{'checkpointing':24}" + "".join(f"{mode:>12}" for mode in MODES),
         *(f"{name:24}" + "".join(f"{cell:>12}" for cell in row) for name, row in (cells | totals).items()), "",
-        f"Seconds of an update, blocks {'not ' * (not job.compile)}compiled; by kind on an {SHOWN}; communication costs "
-        "what is waited for.", "Without data, codecs and what 8-bit matmuls gain; networks of a few million "
+        f"Seconds of an update, blocks {'not ' * (not job.compile)}compiled; by kind on an {SHOWN}; communication "
+        "costs what is waited for.", "Without data, codecs and what 8-bit matmuls gain; networks of a few million "
         "parameters wait for kernel launches instead."]
 
 

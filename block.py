@@ -58,7 +58,8 @@ class Sight(NamedTuple):
     """Groups that attend, by number, and the groups that they see."""
     asking: tuple
     seen: tuple
-    lengths: tuple = ()                     # of segments: the first group sees them one by one, and all that follows it
+    runs: tuple = ()                        # (length, how many) of segments: the first group sees them one by one, and
+                                            # all that follows it
     mask: torch.Tensor | None = None        # [B, 1, 1, keys], if some keys are padding
 
 
@@ -66,9 +67,10 @@ def sights(groups, mode, lengths=()):
     """Who sees whom among `groups`: a tuple of `Sight`; `lengths` are those of the segments of memory."""
     of = lambda *roles: tuple(i for i, g in enumerate(groups) if g.role in roles)
     chunk = of("frames", "text"), of("memory", "clean", "frames", "text")
+    runs = tuple((n, len([*alike])) for n, alike in groupby(lengths))
     pairs = {"joint": [(of("memory", "frames", "text"),) * 2],
              "self": [(of("memory", "clean", "caption"),) * 2, chunk],
-             "segment": [(of("memory"), of("memory", "caption"), lengths), (of("clean"), of("clean", "caption")),
+             "segment": [(of("memory"), of("memory", "caption"), runs), (of("clean"), of("clean", "caption")),
                          (of("caption"),) * 2, chunk]}[mode]
     return tuple(Sight(*pair)._replace(mask=mask_of([groups[i] for i in pair[1]])) for pair in pairs
                  if pair[0] and groups[pair[0][0]].x is not None)
@@ -94,21 +96,20 @@ def meet(sight, q, k, v, attend, alone=None, whole=0):
     q, k, v [B, heads, n, d]; what segments see are the keys `alone`; the last `whole` tokens are text.
     """
     out = [None] * len(q)
-    for asking, seen, lengths, mask in sight:
-        keys = alone or k if lengths else k
+    for asking, seen, runs, mask in sight:
+        keys = alone or k if runs else k
         given = [join([x[i] for i in which]) for x, which in ((q, asking), (keys, seen), (v, seen))]
-        y = apart(*given, lengths, mask, attend) if lengths else attend(*given, mask, whole)
+        y = apart(*given, runs, mask, attend) if runs else attend(*given, mask, whole)
         y = rearrange(y, "b h n d -> b n (h d)")
         for i, part in zip(asking, y.split([q[i].shape[2] for i in asking], 1)):
             out[i] = part
     return out
 
 
-def apart(q, k, v, lengths, mask, attend):
-    """Attention [B, heads, N, d] within segments of `lengths` neighbours; keys after the N-th are seen by all."""
+def apart(q, k, v, runs, mask, attend):
+    """Attention [B, heads, N, d] within segments, `runs` of s of n neighbours; keys after the N-th are seen by all."""
     N, at, out = q.shape[2], 0, []
-    for n, run in groupby(lengths):
-        s = len([*run])                                                                 # equally long ones: one call
+    for n, s in runs:                                                                   # equally long ones: one call
         fold = lambda x: rearrange(x[:, :, at:at + s * n], "b h (s n) d -> (b s) h n d", n=n)
         known = [torch.cat([fold(x), x[:, :, N:].repeat_interleave(s, 0)], 2) for x in (k, v)]
         seen = None if mask is None else F.pad(mask[..., N:].repeat_interleave(s, 0), (n, 0), value=True)

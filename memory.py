@@ -92,7 +92,8 @@ def prefill(model, x, text, control=None, memory=None, frames=None, past=None):
     fresh = memory.without(past.memory) if past else memory
     groups, branches = enter(model, x, x.new_zeros(x.shape[:3:2]), text, control, memory, frames, fresh)
     _, layers = through(model, groups, branches, fresh, keep=True)
-    return Cache(memory, assemble(memory, (fresh, layers), (past.memory, past.layers)) if past else layers)
+    sources = [(fresh, layers)] + ([(past.memory, past.layers)] if past else [])
+    return Cache(memory, assemble(memory, *sources) if memory.mode == "segment" else layers)
 
 
 def enter(model, x, sigma, text, control, memory, frames, fresh):
@@ -140,6 +141,7 @@ def through(model, groups, branches, memory, layers=None, keep=False):
     """The groups behind all blocks and, with `keep`, what they leave for a Cache; `layers` are those of a Cache."""
     lengths = tuple(n for _, n in memory.segments()) if memory.mode == "segment" else ()
     kept, sight, groups = [], sights(groups, memory.mode, lengths), model.scatter(groups)
+    model.announce(groups, layers)
     for i, block in enumerate(getattr(model, model.block_list)):
         past = layers[i] if layers else ()
         tokens, pairs = block(groups, sight, past, branches.get(i), keep)

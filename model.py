@@ -240,6 +240,9 @@ class Backbone(nn.Module):
         """All tokens again, behind the blocks."""
         return groups
 
+    def announce(self, groups, layers):
+        """Before the blocks; `layers` are those of a Cache. parallel.compile_blocks replaces this."""
+
     def inject(self, control, shape):
         """What `control` adds to a forward of latents of `shape`, and where."""
         if control is None:

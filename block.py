@@ -86,8 +86,8 @@ def mask_of(groups):
 
 
 def join(parts):
-    """Neighbours along the tokens of [B, heads, N, d]; a single one as it is."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+    """Neighbours along the tokens of [B, heads, N, d], which stay [B, N, heads, d] in memory; a single one as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat([x.transpose(1, 2) for x in parts], 1).transpose(1, 2)
 
 
 def meet(sight, q, k, v, attend, alone=None, whole=0):

@@ -25,7 +25,7 @@ import inject
 import nvfp4
 import weights
 from block import Block, Group, attention
-from common import defaults, rank
+from common import compute_dtype, defaults, rank
 from memory import EMPTY, Cache, enter, prefill, through
 from rotary import grid, ltx_rope, rotary, rotate, rotate_halves
 from parallel import fill
@@ -135,6 +135,11 @@ def sinusoid(t, dim, dtype=torch.float32):
     omega = torch.exp(-math.log(10000) * torch.arange(half, dtype=dtype, device=t.device) / half)
     angle = t.to(dtype)[..., None] * omega
     return torch.cat([angle.cos(), angle.sin()], -1).float()
+
+
+def lowered(x):
+    """`x` for several linear layers, in what they compute in: autocast would make a copy for each."""
+    return x.to(compute_dtype(x))
 
 
 def split(x, heads):
@@ -295,7 +300,8 @@ class WanBlock(Block):
 
     def before(self, g):                                # x [B, T, L, D]; told: e6 [B, T, 6, D] fp32, text [B, S, D]
         shift, scale, *rest = (g.told[0] + self.modulation).split(1, dim=2)             # each [B, T, 1, D]
-        return *self.self_attn.asks(modulate(layer_norm(g.x, self.eps), shift, scale).flatten(1, 2)), rest
+        h = lowered(modulate(layer_norm(g.x, self.eps), shift, scale)).flatten(1, 2)    # [B, T*L, D]
+        return *self.self_attn.asks(h), rest
 
     def after(self, g, y, added, modulation):
         (T, L), (_, text, sentences) = g.x.shape[1:3], g.told
@@ -460,7 +466,7 @@ class HunyuanBlock(Block):
 
     def before(self, g):                                # x [B, T, L, D]; told: c [B, T, 1, D]; text is one more frame
         shift, scale, *rest = self.stream(g, "mod")(*g.told).chunk(6, -1)               # each [B, T, 1, D]
-        h = modulate(layer_norm(g.x, self.eps), shift, scale).flatten(1, 2)             # [B, T*L, D]
+        h = lowered(modulate(layer_norm(g.x, self.eps), shift, scale)).flatten(1, 2)    # [B, T*L, D]
         q, k, v = (split(self.stream(g, f"attn_{n}")(h), self.heads) for n in "qkv")
         return self.stream(g, "attn_q_norm")(q), self.stream(g, "attn_k_norm")(k), v, rest
 

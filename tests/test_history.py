@@ -192,9 +192,11 @@ def test_memory_is_seen_and_without_it_nothing_beyond_the_window(kind):
 def test_cached_history_gives_the_rollout_of_the_whole_forward(kind, fields, attention, monkeypatch):
     """With guidance, whose branches have caches of their own, over several chunks with segments that go on living."""
     model = network(kind, attention=attention, **fields)
-    null = {"text": torch.zeros(1, 3, 64)}
+    null, calls, prefill = {"text": torch.zeros(1, 3, 64)}, [], model.prefill
+    model.prefill = lambda *args: calls.append(args) or prefill(*args)
     velocity = guided(velocity_of(model), 2.0, null)
     cached = roll(model, frames_of(20), 32, velocity)
+    assert len(calls) == 3 * 2 and (attention == "self" or all(args[-1] for args in calls[2:]))     # chunks x branches
     monkeypatch.setattr(models.compress.Past, "reusable", lambda self, settings: False)
     whole = roll(model, frames_of(20), 32, velocity)
     torch.testing.assert_close(cached, whole, atol=1e-5, rtol=0)

@@ -38,6 +38,10 @@ def attention(q, k, v, mask=None, shared=0):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
+class PerBlock(tuple):
+    """Among what blocks are told: for each, by its number, what it is told."""
+
+
 class Group(NamedTuple):
     """Tokens of one kind; see above."""
     role: str
@@ -48,6 +52,10 @@ class Group(NamedTuple):
     told: tuple = ()                        # modulation, text, ...: what a block of the architecture takes besides
     words: torch.Tensor | None = None       # [B, L] bool: which tokens are to be seen; None: all
     home: tuple | None = None               # as `rope`, within segments that see themselves alone
+
+    def at(self, i):
+        """As block number `i` is told."""
+        return self._replace(told=tuple(part[i] if isinstance(part, PerBlock) else part for part in self.told))
 
     def count(self):
         """Number of tokens (a NamedTuple has a length of its own)."""

@@ -21,7 +21,7 @@ from flow import schedule
 from history import History, settings_of
 from model import PRESETS, build_on, chunk_flops
 from parallel import compile_blocks
-from rollout import chunks, few_step, velocity_of
+from rollout import chunks, few_step, launched
 from scales import cells, part, tokens
 
 
@@ -78,7 +78,7 @@ def measure(model, history, text, cfg):
     """Milliseconds of a chunk and GiB at its peak on the GPU, of which `kept` is history. The first chunk is not counted;
     under --compile the first five: the segments that enter repeat after four."""
     device, K, cuda = history.latents.device, model.spec.chunk, history.latents.is_cuda
-    velocity, times, sigmas = velocity_of(model), [], schedule(cfg.steps, model.spec.shift)
+    velocity, times, sigmas = launched(model), [], schedule(cfg.steps, model.spec.shift)
     for _ in range((5 if cfg.compile else 1) + cfg.chunks):
         begin, n = history.begin(), history.n
         told = Condition(text, Control(torch.zeros(1, n + K - begin, dtype=torch.long, device=device)))

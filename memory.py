@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from block import MODES, Group, join, sights
+from common import sent
 from inject import Signal
 
 
@@ -111,7 +112,7 @@ def enter(model, x, sigma, text, control, memory, frames, fresh):
         raise ValueError(f"there are positions of {len(frames)} frames for {first + T}, those in the cache included")
     text, signal = model.prepare(text, model.inject(control, (B, C, first + T, H, W)), B)
     x = model.patchify(model.inputs(x, sigma, text, begins=not older and first == 0))       # [B, T, L, D]
-    rope = lambda centres: model.rope(centres.to(x.device), older)
+    rope = lambda centres: model.rope(centres if centres.device == x.device else sent(centres, x.device), older)
 
     def part(role, start, stop):                                    # frames start..stop-1 of the window
         place, own = rope(model.centres(frames[start:stop], H, W)), slice(start - first, stop - first)
@@ -144,7 +145,7 @@ def through(model, groups, branches, memory, layers=None, keep=False):
     model.announce(groups, layers)
     for i, block in enumerate(getattr(model, model.block_list)):
         past = layers[i] if layers else ()
-        tokens, pairs = block(groups, sight, past, branches.get(i), keep)
+        tokens, pairs = block([g.at(i) for g in groups], sight, past, branches.get(i), keep)
         groups = groups[:len(past)] + [g._replace(x=x) for g, x in zip(groups[len(past):], tokens)]
         kept.append(pairs)
     return model.gather(groups), kept

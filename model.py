@@ -24,7 +24,7 @@ import compress
 import inject
 import nvfp4
 import weights
-from block import Block, Group, attention
+from block import Block, Group, PerBlock, attention
 from common import compute_dtype, defaults, rank
 from memory import EMPTY, Cache, enter, prefill, through
 from rotary import grid, ltx_rope, rotary, rotate, rotate_halves
@@ -221,6 +221,10 @@ class Backbone(nn.Module):
         """Text, and a signal's sentences, embedded once for all groups."""
         return text, signal
 
+    def heard(self, text):
+        """`text` with what depends on it and on the weights alone, for many forwards with the same weights."""
+        return text
+
     def words(self, role, text, sigma):
         """Groups of text tokens for self-attention, for frames at noise levels sigma [B, T]."""
         return []
@@ -275,9 +279,14 @@ class Attention(nn.Module):
         return split(self.norm_k(self.k(x)), self.heads), split(self.v(x), self.heads)
 
     def forward(self, x, context, sentences=None):                                      # [B, N, D], [B, S, D]
-        q, (k, v) = split(self.norm_q(self.q(x)), self.heads), self.keys(context)
-        y = inject.hear(q.to(v.dtype), k.to(v.dtype), v, sentences, self.keys, attention)   # [B, heads, N, d]
+        q, (k, v) = split(self.norm_q(self.q(x)), self.heads), self.heard(context)
+        y = inject.hear(q.to(v.dtype), k, v, sentences, self.keys, attention)           # [B, heads, N, d]
         return self.o(rearrange(y, "b h n d -> b n (h d)"))
+
+    def heard(self, context):
+        """Keys and values of it as attention takes them; if it is these already, they stay."""
+        k, v = context if isinstance(context, tuple) else self.keys(context)
+        return k.to(v.dtype), v
 
 
 class WanBlock(Block):
@@ -332,7 +341,7 @@ class WanHead(nn.Module):
 class Wan(Backbone):
     """Wan2.1-T2V-1.3B, Wan2.2-TI2V-5B and the embedded world's tiny and small: one architecture.
 
-    text: {"text": [B, <= text_len, text_dim]}.
+    text: {"text": [B, <= text_len, text_dim]}; `heard` adds the keys and values of each block.
     """
 
     block_list = "blocks"
@@ -371,7 +380,13 @@ class Wan(Backbone):
 
     def prepare(self, text, signal, B):
         said = signal.sentences and signal.sentences.embed(self.text_embedding)
-        return self.embed_text(text["text"]), signal._replace(sentences=said)           # [B, S, D]
+        own = PerBlock(text["heard"]) if "heard" in text else self.embed_text(text["text"])         # [B, S, D]
+        return own, signal._replace(sentences=said)
+
+    @torch.no_grad()
+    def heard(self, text):
+        states = self.embed_text(text["text"])
+        return {**text, "heard": tuple(block.cross_attn.heard(states) for block in self.blocks)}
 
     def tell(self, x, sigma, text, signal):
         with torch.autocast(x.device.type, enabled=False):                           # the time path is never below fp32

@@ -38,6 +38,10 @@ def attention(q, k, v, mask=None, shared=0):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
+class PerBlock(tuple):
+    """Among what blocks are told: for each, by its number, what it is told."""
+
+
 class Group(NamedTuple):
     """Tokens of one kind; see above."""
     role: str
@@ -49,6 +53,10 @@ class Group(NamedTuple):
     words: torch.Tensor | None = None       # [B, L] bool: which tokens are to be seen; None: all
     home: tuple | None = None               # as `rope`, within segments that see themselves alone
 
+    def at(self, i):
+        """As block number `i` is told."""
+        return self._replace(told=tuple(part[i] if isinstance(part, PerBlock) else part for part in self.told))
+
     def count(self):
         """Number of tokens (a NamedTuple has a length of its own)."""
         return self.rope[0].shape[-2] if self.x is None else self.x.shape[1] * self.x.shape[2]
@@ -58,7 +66,8 @@ class Sight(NamedTuple):
     """Groups that attend, by number, and the groups that they see."""
     asking: tuple
     seen: tuple
-    lengths: tuple = ()                     # of segments: the first group sees them one by one, and all that follows it
+    runs: tuple = ()                        # (length, how many) of segments: the first group sees them one by one, and
+                                            # all that follows it
     mask: torch.Tensor | None = None        # [B, 1, 1, keys], if some keys are padding
 
 
@@ -66,9 +75,10 @@ def sights(groups, mode, lengths=()):
     """Who sees whom among `groups`: a tuple of `Sight`; `lengths` are those of the segments of memory."""
     of = lambda *roles: tuple(i for i, g in enumerate(groups) if g.role in roles)
     chunk = of("frames", "text"), of("memory", "clean", "frames", "text")
+    runs = tuple((n, len([*alike])) for n, alike in groupby(lengths))
     pairs = {"joint": [(of("memory", "frames", "text"),) * 2],
              "self": [(of("memory", "clean", "caption"),) * 2, chunk],
-             "segment": [(of("memory"), of("memory", "caption"), lengths), (of("clean"), of("clean", "caption")),
+             "segment": [(of("memory"), of("memory", "caption"), runs), (of("clean"), of("clean", "caption")),
                          (of("caption"),) * 2, chunk]}[mode]
     return tuple(Sight(*pair)._replace(mask=mask_of([groups[i] for i in pair[1]])) for pair in pairs
                  if pair[0] and groups[pair[0][0]].x is not None)
@@ -84,8 +94,8 @@ def mask_of(groups):
 
 
 def join(parts):
-    """Neighbours along the tokens of [B, heads, N, d]; a single one as it is."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+    """Neighbours along the tokens of [B, heads, N, d], which stay [B, N, heads, d] in memory; a single one as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat([x.transpose(1, 2) for x in parts], 1).transpose(1, 2)
 
 
 def meet(sight, q, k, v, attend, alone=None, whole=0):
@@ -94,21 +104,20 @@ def meet(sight, q, k, v, attend, alone=None, whole=0):
     q, k, v [B, heads, n, d]; what segments see are the keys `alone`; the last `whole` tokens are text.
     """
     out = [None] * len(q)
-    for asking, seen, lengths, mask in sight:
-        keys = alone or k if lengths else k
+    for asking, seen, runs, mask in sight:
+        keys = alone or k if runs else k
         given = [join([x[i] for i in which]) for x, which in ((q, asking), (keys, seen), (v, seen))]
-        y = apart(*given, lengths, mask, attend) if lengths else attend(*given, mask, whole)
+        y = apart(*given, runs, mask, attend) if runs else attend(*given, mask, whole)
         y = rearrange(y, "b h n d -> b n (h d)")
         for i, part in zip(asking, y.split([q[i].shape[2] for i in asking], 1)):
             out[i] = part
     return out
 
 
-def apart(q, k, v, lengths, mask, attend):
-    """Attention [B, heads, N, d] within segments of `lengths` neighbours; keys after the N-th are seen by all."""
+def apart(q, k, v, runs, mask, attend):
+    """Attention [B, heads, N, d] within segments, `runs` of s of n neighbours; keys after the N-th are seen by all."""
     N, at, out = q.shape[2], 0, []
-    for n, run in groupby(lengths):
-        s = len([*run])                                                                 # equally long ones: one call
+    for n, s in runs:                                                                   # equally long ones: one call
         fold = lambda x: rearrange(x[:, :, at:at + s * n], "b h (s n) d -> (b s) h n d", n=n)
         known = [torch.cat([fold(x), x[:, :, N:].repeat_interleave(s, 0)], 2) for x in (k, v)]
         seen = None if mask is None else F.pad(mask[..., N:].repeat_interleave(s, 0), (n, 0), value=True)

@@ -1,7 +1,8 @@
 """A run folder: settings, log and checkpoints that exist completely or not at all.
 
 A checkpoint holds what a run needs to go on with the same bits: all that learns, EMA, optimizers, counters, by
-torch.distributed.checkpoint. Learning rates, random numbers and the data's position follow from (seed, rank, step).
+torch.distributed.checkpoint, imported where it is used: that takes half a second. Learning rates, random numbers and
+the data's position follow from (seed, rank, step).
 """
 
 import dataclasses
@@ -13,8 +14,6 @@ from fcntl import LOCK_EX, LOCK_NB, lockf
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
-import torch.distributed.checkpoint.state_dict as dsd
 from tqdm import tqdm
 
 from common import barrier, gather, mean_over_ranks, provenance, rank, sha256, shutdown, sync, world_size, write_text
@@ -146,6 +145,7 @@ def save_checkpoint(folder, step, modules, optimizers, averages, keep=1):
     `modules`, `optimizers` and `averages` are dicts; an optimizer belongs to the module of the same name. OSError when
     it cannot be written (on every rank if torch could not; otherwise on rank 0); what was there before still is.
     """
+    import torch.distributed.checkpoint as dcp
     folder, final = Path(folder), Path(folder) / f"checkpoint-{step:08d}"
     partial = final.with_suffix(".partial")
     try:
@@ -198,12 +198,14 @@ def _sweep(folder):
 
 def _reason(error):
     """The first line of what went wrong, on the first rank where it did."""
-    while isinstance(error, dcp.api.CheckpointException):
+    from torch.distributed.checkpoint import CheckpointException
+    while isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     return getattr(error, "strerror", None) or f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _state(modules, optimizers, averages):
+    import torch.distributed.checkpoint.state_dict as dsd
     return {"modules": {k: dsd.get_model_state_dict(m) for k, m in modules.items()},
             "optimizers": {k: dsd.get_optimizer_state_dict(modules[k], o) for k, o in optimizers.items()},
             "averages": {k: e.average for k, e in averages.items()}}
@@ -265,6 +267,8 @@ def load_checkpoint(folder, stop, modules, optimizers, averages):
     step = int(path.name[-8:])
     if step > stop:
         raise ValueError(f"{path} is already beyond step {stop}; raise --steps or choose another --out")
+    import torch.distributed.checkpoint as dcp
+    import torch.distributed.checkpoint.state_dict as dsd
     state = _state(modules, optimizers, averages)
     try:
         dcp.load(state, checkpoint_id=path, no_dist=world_size() == 1)

@@ -158,6 +158,17 @@ def autocast(device):
     return torch.autocast("cuda", torch.bfloat16, enabled=cuda, cache_enabled=False)    # casts live as long as a layer
 
 
+def compute_dtype(x):
+    """What a linear layer would compute x in."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def sent(x, device):
+    """`x` of the host on `device`, without waiting for what a GPU has yet to do, as a copy of plain memory would."""
+    return x.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else x.to(device)
+
+
 def timed(function, device):
     """Milliseconds that a call takes on `device`, and what it returns."""
     wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None

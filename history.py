@@ -201,16 +201,21 @@ class History:
         return set(select(scores.cpu(), self.shown, s.top))
 
 
+def identity(text):
+    """Equal for texts of the same tensors in memory, as long as they are alive: guidance makes a new dict each time."""
+    return tuple((name, x.data_ptr(), x.shape) for name, x in text.items() if torch.is_tensor(x))
+
+
 def behind_cache(model, x, sigma, condition, who):
     """Velocity of the chunk at the end of x behind history that does not see it, zeros for the frames before: keys and
-    values are made once, for `who` asks and for each text, that is, for each branch of guidance."""
+    values are made once, for `who` asks, and for each text with control or without: for each branch of guidance."""
     text, control, past = condition.text, condition.control, condition.past
-    (memory, frames), branch = model.compress(model, past, x.shape[2]), (who, id(text))
+    (memory, frames), branch = model.compress(model, past, x.shape[2]), (who, control is None, identity(text))
     n = memory.clean
     if branch not in past.kept:
         own, (before, _) = control.frames(0, n) if control and n else None, past.before.get(branch, (None, None))
         cache = model.prefill(x[:, :, :n], text, own, memory, frames[:n], before)
-        past.kept[branch] = cache, text                 # which keeps the text alive, and its id its own
+        past.kept[branch] = cache, text                 # which keeps the text alive, and its memory its own
     v = model(x[:, :, n:], sigma[:, n:], text, control, past.kept[branch][0], frames)
     return torch.cat([torch.zeros_like(x[:, :, :n]), v.to(x.dtype)], 2)
 

@@ -21,7 +21,7 @@ from flow import schedule
 from history import History, settings_of
 from model import PRESETS, build_on, chunk_flops
 from parallel import compile_blocks
-from rollout import chunks, few_step, velocity_of
+from rollout import chunks, few_step, launched
 from scales import cells, part, tokens
 
 
@@ -35,7 +35,7 @@ class Config:
     height: int = 0             # pixels; 0: the preset's
     width: int = 0              # the same
     steps: int = 4              # denoising steps a chunk
-    chunks: int = 4             # measured, after one that is not
+    chunks: int = 4             # measured, after those that compile or warm up
     recent: int = 0             # latent frames that history leaves as they are; 0: the kind's own
     most: float = 20000.0       # TFLOP: a dearer chunk is not run
     compile: bool = False       # torch.compile the transformer blocks
@@ -75,10 +75,11 @@ def expected(model, frames, grid, steps):
 
 @torch.no_grad()
 def measure(model, history, text, cfg):
-    """Milliseconds of a chunk and GiB at its peak on the GPU, of which `kept` is history."""
+    """Milliseconds of a chunk and GiB at its peak on the GPU, of which `kept` is history. The first chunk is not counted;
+    under --compile the first five: the segments that enter repeat after four."""
     device, K, cuda = history.latents.device, model.spec.chunk, history.latents.is_cuda
-    velocity, times, sigmas = velocity_of(model), [], schedule(cfg.steps, model.spec.shift)
-    for _ in range(1 + cfg.chunks):
+    velocity, times, sigmas = launched(model), [], schedule(cfg.steps, model.spec.shift)
+    for _ in range((5 if cfg.compile else 1) + cfg.chunks):
         begin, n = history.begin(), history.n
         told = Condition(text, Control(torch.zeros(1, n + K - begin, dtype=torch.long, device=device)))
         if cuda:
@@ -86,7 +87,7 @@ def measure(model, history, text, cfg):
         noise = lambda shape: torch.randn(shape, device=device)
         go = lambda: chunks(velocity, told, history, n + K, sigmas, K, noise, few_step, lambda n: {}, begin)
         times.append(timed(go, device)[0])
-    return {"ms": sorted(times[1:])[len(times[1:]) // 2], "times": times,
+    return {"ms": sorted(times[-cfg.chunks:])[cfg.chunks // 2], "times": times,
             "peak_gib": torch.cuda.max_memory_allocated() / 2 ** 30 if cuda else None,
             "kept_mib": (history.latents.nbytes + history.first.nbytes) / 2 ** 20,
             "stored_mib": sum(block.nbytes for block in history.blocks) / 2 ** 20}

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from block import MODES, Group, join, sights
+from common import sent
 from inject import Signal
 
 
@@ -92,7 +93,8 @@ def prefill(model, x, text, control=None, memory=None, frames=None, past=None):
     fresh = memory.without(past.memory) if past else memory
     groups, branches = enter(model, x, x.new_zeros(x.shape[:3:2]), text, control, memory, frames, fresh)
     _, layers = through(model, groups, branches, fresh, keep=True)
-    return Cache(memory, assemble(memory, (fresh, layers), (past.memory, past.layers)) if past else layers)
+    sources = [(fresh, layers)] + ([(past.memory, past.layers)] if past else [])
+    return Cache(memory, assemble(memory, *sources) if memory.mode == "segment" else layers)
 
 
 def enter(model, x, sigma, text, control, memory, frames, fresh):
@@ -110,7 +112,7 @@ def enter(model, x, sigma, text, control, memory, frames, fresh):
         raise ValueError(f"there are positions of {len(frames)} frames for {first + T}, those in the cache included")
     text, signal = model.prepare(text, model.inject(control, (B, C, first + T, H, W)), B)
     x = model.patchify(model.inputs(x, sigma, text, begins=not older and first == 0))       # [B, T, L, D]
-    rope = lambda centres: model.rope(centres.to(x.device), older)
+    rope = lambda centres: model.rope(centres if centres.device == x.device else sent(centres, x.device), older)
 
     def part(role, start, stop):                                    # frames start..stop-1 of the window
         place, own = rope(model.centres(frames[start:stop], H, W)), slice(start - first, stop - first)
@@ -140,9 +142,10 @@ def through(model, groups, branches, memory, layers=None, keep=False):
     """The groups behind all blocks and, with `keep`, what they leave for a Cache; `layers` are those of a Cache."""
     lengths = tuple(n for _, n in memory.segments()) if memory.mode == "segment" else ()
     kept, sight, groups = [], sights(groups, memory.mode, lengths), model.scatter(groups)
+    model.announce(groups, layers)
     for i, block in enumerate(getattr(model, model.block_list)):
         past = layers[i] if layers else ()
-        tokens, pairs = block(groups, sight, past, branches.get(i), keep)
+        tokens, pairs = block([g.at(i) for g in groups], sight, past, branches.get(i), keep)
         groups = groups[:len(past)] + [g._replace(x=x) for g, x in zip(groups[len(past):], tokens)]
         kept.append(pairs)
     return model.gather(groups), kept

@@ -24,8 +24,8 @@ import compress
 import inject
 import nvfp4
 import weights
-from block import Block, Group, attention
-from common import defaults, rank
+from block import Block, Group, PerBlock, attention
+from common import compute_dtype, defaults, rank
 from memory import EMPTY, Cache, enter, prefill, through
 from rotary import grid, ltx_rope, rotary, rotate, rotate_halves
 from parallel import fill
@@ -137,6 +137,11 @@ def sinusoid(t, dim, dtype=torch.float32):
     return torch.cat([angle.cos(), angle.sin()], -1).float()
 
 
+def lowered(x):
+    """`x` for several linear layers, in what they compute in: autocast would make a copy for each."""
+    return x.to(compute_dtype(x))
+
+
 def split(x, heads):
     return rearrange(x, "b n (h d) -> b h n d", h=heads)
 
@@ -216,6 +221,10 @@ class Backbone(nn.Module):
         """Text, and a signal's sentences, embedded once for all groups."""
         return text, signal
 
+    def heard(self, text):
+        """`text` with what depends on it and on the weights alone, for many forwards with the same weights."""
+        return text
+
     def words(self, role, text, sigma):
         """Groups of text tokens for self-attention, for frames at noise levels sigma [B, T]."""
         return []
@@ -239,6 +248,9 @@ class Backbone(nn.Module):
     def gather(self, groups):
         """All tokens again, behind the blocks."""
         return groups
+
+    def announce(self, groups, layers):
+        """Before the blocks; `layers` are those of a Cache. parallel.compile_blocks replaces this."""
 
     def inject(self, control, shape):
         """What `control` adds to a forward of latents of `shape`, and where."""
@@ -267,9 +279,14 @@ class Attention(nn.Module):
         return split(self.norm_k(self.k(x)), self.heads), split(self.v(x), self.heads)
 
     def forward(self, x, context, sentences=None):                                      # [B, N, D], [B, S, D]
-        q, (k, v) = split(self.norm_q(self.q(x)), self.heads), self.keys(context)
-        y = inject.hear(q.to(v.dtype), k.to(v.dtype), v, sentences, self.keys, attention)   # [B, heads, N, d]
+        q, (k, v) = split(self.norm_q(self.q(x)), self.heads), self.heard(context)
+        y = inject.hear(q.to(v.dtype), k, v, sentences, self.keys, attention)           # [B, heads, N, d]
         return self.o(rearrange(y, "b h n d -> b n (h d)"))
+
+    def heard(self, context):
+        """Keys and values of it as attention takes them; if it is these already, they stay."""
+        k, v = context if isinstance(context, tuple) else self.keys(context)
+        return k.to(v.dtype), v
 
 
 class WanBlock(Block):
@@ -292,7 +309,8 @@ class WanBlock(Block):
 
     def before(self, g):                                # x [B, T, L, D]; told: e6 [B, T, 6, D] fp32, text [B, S, D]
         shift, scale, *rest = (g.told[0] + self.modulation).split(1, dim=2)             # each [B, T, 1, D]
-        return *self.self_attn.asks(modulate(layer_norm(g.x, self.eps), shift, scale).flatten(1, 2)), rest
+        h = lowered(modulate(layer_norm(g.x, self.eps), shift, scale)).flatten(1, 2)    # [B, T*L, D]
+        return *self.self_attn.asks(h), rest
 
     def after(self, g, y, added, modulation):
         (T, L), (_, text, sentences) = g.x.shape[1:3], g.told
@@ -323,7 +341,7 @@ class WanHead(nn.Module):
 class Wan(Backbone):
     """Wan2.1-T2V-1.3B, Wan2.2-TI2V-5B and the embedded world's tiny and small: one architecture.
 
-    text: {"text": [B, <= text_len, text_dim]}.
+    text: {"text": [B, <= text_len, text_dim]}; `heard` adds the keys and values of each block.
     """
 
     block_list = "blocks"
@@ -362,7 +380,13 @@ class Wan(Backbone):
 
     def prepare(self, text, signal, B):
         said = signal.sentences and signal.sentences.embed(self.text_embedding)
-        return self.embed_text(text["text"]), signal._replace(sentences=said)           # [B, S, D]
+        own = PerBlock(text["heard"]) if "heard" in text else self.embed_text(text["text"])         # [B, S, D]
+        return own, signal._replace(sentences=said)
+
+    @torch.no_grad()
+    def heard(self, text):
+        states = self.embed_text(text["text"])
+        return {**text, "heard": tuple(block.cross_attn.heard(states) for block in self.blocks)}
 
     def tell(self, x, sigma, text, signal):
         with torch.autocast(x.device.type, enabled=False):                           # the time path is never below fp32
@@ -457,7 +481,7 @@ class HunyuanBlock(Block):
 
     def before(self, g):                                # x [B, T, L, D]; told: c [B, T, 1, D]; text is one more frame
         shift, scale, *rest = self.stream(g, "mod")(*g.told).chunk(6, -1)               # each [B, T, 1, D]
-        h = modulate(layer_norm(g.x, self.eps), shift, scale).flatten(1, 2)             # [B, T*L, D]
+        h = lowered(modulate(layer_norm(g.x, self.eps), shift, scale)).flatten(1, 2)    # [B, T*L, D]
         q, k, v = (split(self.stream(g, f"attn_{n}")(h), self.heads) for n in "qkv")
         return self.stream(g, "attn_q_norm")(q), self.stream(g, "attn_k_norm")(k), v, rest
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from common import put
+from common import compute_dtype, put
 
 BLOCK, CODE_MAX, SCALE_MAX = 16, 6.0, 448.0             # neighbours that share a scale; largest code, largest scale
 FLOAT_MAX = torch.finfo(torch.float32).max
@@ -126,12 +126,6 @@ def fake_quant(x, tile=(1, BLOCK)):
 
 
 # ---- Linears ---------------------------------------------------------------------------------------------------------
-
-def compute_dtype(x):
-    """What an ordinary linear would compute x in."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
 
 class QuantizedLinear(nn.Linear):
     """Computes in low precision with the parameters of the nn.Linear it replaces.

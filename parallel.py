@@ -47,11 +47,22 @@ def checkpoint_blocks(model, keep_attention=True):
 
 
 def compile_blocks(model, **options):
-    """Compile each transformer block in place; all share one compilation per shape. What stays eager is small."""
+    """Compile each transformer block in place; all share one compilation per shape, for any number of memory tokens.
+    What stays eager is small."""
     torch._dynamo.config.recompile_limit = 64           # window lengths x with and without gradient x adapters at work
     for block in getattr(model, model.block_list):
         block.compile(dynamic=False, **options)
+    model.announce = announce
     return model
+
+
+def announce(groups, layers):
+    """Memory [..., N, d] is of another length N at each chunk: the compiler is told, or would begin anew."""
+    for i, g in enumerate(groups):
+        if g.role == "memory":
+            own = () if g.x is None else (g.x,)
+            for x in (*own, *g.rope, *(g.home or ()), *(x for layer in layers or () for x in layer[i])):
+                torch._dynamo.maybe_mark_dynamic(x, x.ndim - 2)
 
 
 # ---- Layout ----------------------------------------------------------------------------------------------------------

@@ -16,11 +16,11 @@ import torch
 from tqdm import tqdm
 
 import world
-from common import autocast, generator, one_line_errors, parse, setup, world_size
+from common import autocast, generator, one_line_errors, parse, sent, setup, world_size
 from control import Condition, Control, check_actions, parse_actions
 from encode import codec
 from flow import add_noise, euler, guide, schedule, velocity_to_x0
-from history import History, behind_cache, budget, configure
+from history import History, behind_cache, budget, configure, identity
 from model import load
 from graphs import replayed
 from weights import ASSETS
@@ -45,10 +45,22 @@ def velocity_of(model):
 
 
 def launched(model):
-    """`velocity_of` a model that learns nothing and stays as it is; on a GPU as CUDA graphs, if it is so small that it
-    would wait for launches. HunyuanVideo counts its text tokens on the way, which no graph can."""
-    velocity, alone = velocity_of(model), world_size() == 1 and model.spec.dim < LARGE and model.spec.arch != "hunyuan"
-    return replayed(velocity, next(model.parameters()).device) if alone else velocity
+    """`velocity_of` a model that learns nothing and stays as it is: what it makes of a text alone is made once. On a GPU
+    as CUDA graphs, if it is so small that it would wait for launches. HunyuanVideo counts its text tokens on the way,
+    which no graph can."""
+    device, alone = next(model.parameters()).device, world_size() == 1 and model.spec.arch != "hunyuan"
+    velocity, known = velocity_of(model), {}
+    velocity = replayed(velocity, device) if alone and model.spec.dim < LARGE else velocity
+
+    @torch.no_grad()
+    def informed(x, sigma, condition):
+        if (name := identity(condition.text)) not in known:
+            if len(known) > 1:                              # a prompt and a negative one
+                known.clear()
+            with autocast(device):                          # the text itself is kept, for its place in memory names it
+                known[name] = condition.text, model.heard(condition.text)
+        return velocity(x, sigma, replace(condition, text=known[name][1]))
+    return informed
 
 
 def guided(velocity, scale, null_text):
@@ -197,7 +209,7 @@ class WorldModel:
         self.random.set_state(state["random"])
 
     def noise(self, shape):
-        return torch.randn(shape, generator=self.random).to(self.device)
+        return sent(torch.randn(shape, generator=self.random), self.device)
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------

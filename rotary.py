@@ -36,9 +36,9 @@ def rotary(centres, dims, theta, dtype):
 
 def rotate(x, rope):
     """Turn neighbouring channel pairs of x [B, heads, N, d] by the angles `rope` (cos, sin [N, d / 2]), in fp32."""
-    cos, sin = rope
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)                                  # each [B, heads, N, d / 2]
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+    (cos, sin), sign = rope, torch.arange(-1, 2, 2, device=x.device)                    # -1, 1: no halves to be put
+    x = x.float().unflatten(-1, (-1, 2))                                                # together. [B, heads, N, d/2, 2]
+    return (x * cos[..., None] + x.flip(-1) * (sin[..., None] * sign)).flatten(-2)
 
 
 def ltx_rope(centres, fps, spec, older):
@@ -64,6 +64,6 @@ def ltx_rope(centres, fps, spec, older):
 
 def rotate_halves(x, rope):
     """Turn channels i and i + d/2 of x [B, heads, N, d] by `rope` (cos, sin [heads, N, d/2]); always in fp32."""
-    cos, sin = rope                                                                     # the official rotates in bf16
-    a, b = x.float().chunk(2, -1)                                                       # each [B, heads, N, d / 2]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    (cos, sin), sign = rope, torch.arange(-1, 2, 2, device=x.device)                    # the official rotates in bf16
+    x = x.float().unflatten(-1, (2, -1))                                                # [B, heads, N, 2, d/2]
+    return (x * cos[..., None, :] + x.flip(-2) * (sin[..., None, :] * sign[:, None])).flatten(-2)

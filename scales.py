@@ -157,7 +157,8 @@ def places(segments, grid, now, start, near, far, dense):
     An id names frames whose distances stay the same from chunk to chunk: of a block when packing is dense, else a cell.
     """
     bounds = torch.cat([spread(segment, grid) for segment in segments])                 # [N, 3, 2]
-    spans, which = bounds[:, 0].unique(dim=0, return_inverse=True)                      # cells along time, in order
+    _, which, counts = bounds[:, 0, 0].unique_consecutive(return_inverse=True, return_counts=True)
+    spans = bounds[counts.cumsum(0) - counts, 0]                                        # cells along time, in order
     time, first = packed(spans, now, start, near, far, dense)
     centres = bounds.sum(-1).sub(1) / 2
     centres[:, 0] = time[which]

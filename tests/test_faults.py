@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -157,11 +158,11 @@ def assert_same_run(a, b):
 
 
 def everything(path):
-    reader = checkpoint.dcp.FileSystemReader(path)
+    reader = dcp.FileSystemReader(path)
     metadata = reader.read_metadata()
     state = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in metadata.state_dict_metadata.items()
              if hasattr(m, "size")}
-    checkpoint.dcp.load(state, storage_reader=reader, no_dist=True)
+    dcp.load(state, storage_reader=reader, no_dist=True)
     return state
 
 
@@ -520,7 +521,7 @@ def full_log(out, patch):
 # A run goes on from its checkpoint of step 2; then, at call n of something, what happens, and what the one line says.
 TROUBLE = {
     "disk full, weights": (one, "save_teacher", 1, lambda out, patch: limit(2000), "teacher.safetensors could not be"),
-    "disk full, checkpoint": (checkpoint.dcp, "save", 1, lambda out, patch: limit(2000), "4 could .* .File too large"),
+    "disk full, checkpoint": (dcp, "save", 1, lambda out, patch: limit(2000), "4 could .* .File too large"),
     "disk full, log": (Run, "log", 2, full_log, "No space left on device"),
     "disk full, manifest": (checkpoint, "_state", 2, lambda out, patch: patch.setattr(checkpoint, "write_text", no_space),
                             "checkpoint-00000004 could not be written .No space left on device"),

@@ -21,6 +21,7 @@ from control import Condition, Control
 from flow import schedule
 from history import History, behind, budget, clean_frames, configure, content, draw_past, overlap, room, select
 from model import build, load, preset
+from parallel import compile_blocks
 from rollout import WorldModel, guided, rollout, velocity_of
 from scales import part
 from weights import save
@@ -191,9 +192,11 @@ def test_memory_is_seen_and_without_it_nothing_beyond_the_window(kind):
 def test_cached_history_gives_the_rollout_of_the_whole_forward(kind, fields, attention, monkeypatch):
     """With guidance, whose branches have caches of their own, over several chunks with segments that go on living."""
     model = network(kind, attention=attention, **fields)
-    null = {"text": torch.zeros(1, 3, 64)}
+    null, calls, prefill = {"text": torch.zeros(1, 3, 64)}, [], model.prefill
+    model.prefill = lambda *args: calls.append(args) or prefill(*args)
     velocity = guided(velocity_of(model), 2.0, null)
     cached = roll(model, frames_of(20), 32, velocity)
+    assert len(calls) == 3 * 2 and (attention == "self" or all(args[-1] for args in calls[2:]))     # chunks x branches
     monkeypatch.setattr(models.compress.Past, "reusable", lambda self, settings: False)
     whole = roll(model, frames_of(20), 32, velocity)
     torch.testing.assert_close(cached, whole, atol=1e-5, rtol=0)
@@ -265,6 +268,27 @@ def test_the_operations_of_a_chunk_are_those_that_are_planned(kind, frames, atte
     attention_only = counts.pop(torch.ops.aten.bmm)
     assert attention_only == pytest.approx(planned["self_attention"] + planned["text_attention"], rel=0.01)
     assert sum(counts.values()) - encoding == pytest.approx(planned["linear"], rel=0.08)    # a prefill has no head
+
+
+QUICK = [("window", "self"), ("framepack", "joint"), ("framepack", "self"), ("packforcing", "segment")]
+
+
+@pytest.mark.parametrize("kind, attention", QUICK + [pytest.param(kind, attention, marks=pytest.mark.slow)
+                         for kind in ("window", "framepack", "packforcing") for attention in ("joint", "self", "segment")
+                         if (kind, attention) not in QUICK])
+def test_compiled_blocks_serve_all_chunks(kind, attention):
+    fields = {"choose": "recency", "top": 3} if kind == "packforcing" else {}
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model, counts = compile_blocks(network(kind, attention=attention, **fields), backend="eager", fullgraph=True), []
+    velocity, history = velocity_of(model), History(frames_of(401), 8, model)           # all of the ladder
+    for _ in range(9):
+        told = replace(condition(history.n + 4 - history.begin()), begins=False)
+        with torch.no_grad():
+            rollouts.chunks(velocity, told, history, history.n + 4, SIGMAS, 4, torch.randn, rollouts.few_step, lambda n: {}, history.begin())
+        counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    settled = 4 if (kind, attention) == ("framepack", "segment") else 2                 # what enters repeats so often
+    assert counts[0] == (1 if attention == "joint" else 2) and len({*counts[settled - 1:]}) == 1, counts
 
 
 def test_a_world_with_memory_can_be_gone_back_to_and_told_apart():

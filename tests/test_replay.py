@@ -65,8 +65,8 @@ def test_small_networks_that_are_alone_are_replayed(monkeypatch):
     seen = []
     monkeypatch.setattr(rollout, "replayed", lambda velocity, device: seen.append(velocity) or velocity)
     tiny = build("tiny", layers=1)
-    launched = rollout.launched(tiny)
-    assert seen == [launched]
+    rollout.launched(tiny)
+    assert len(seen) == 1
     tiny.spec = replace(tiny.spec, dim=rollout.LARGE)                                   # keeps a GPU busy by itself
     rollout.launched(tiny)
     rollout.launched(build("hunyuan1.5-8b", dim=64, heads=4, ffn=64, layers=1, text_dim=16, rope_dims=(4, 6, 6)))
@@ -74,6 +74,21 @@ def test_small_networks_that_are_alone_are_replayed(monkeypatch):
     monkeypatch.setattr(rollout, "world_size", lambda: 2)
     rollout.launched(tiny)
     assert len(seen) == 1
+
+
+@torch.no_grad()
+def test_what_blocks_hear_of_a_text_is_made_once_and_the_same():
+    model, calls = build("tiny", "text+adaln", torch.randn(81, 4, 64), layers=2), []
+    torch.nn.init.normal_(model.head.head.weight)
+    plain, known, embed = velocity_of(model), rollout.launched(model), model.embed_text
+    (x, sigma, told), other = inputs(4, 0), inputs(4, 1)[2]
+    null = {"text": torch.zeros(1, 2, 64)}
+    expected = [rollout.guided(plain, 3.0, null)(x, sigma, condition) for condition in (told, other)]
+    model.embed_text = lambda states: calls.append(states) or embed(states)
+    for _ in range(2):
+        assert torch.equal(rollout.guided(known, 3.0, null)(x, sigma, told), expected[0])
+    assert len(calls) == 2                                                              # the prompt, the negative one
+    assert torch.equal(rollout.guided(known, 3.0, null)(x, sigma, other), expected[1])
 
 
 def test_on_a_processor_nothing_changes():

@@ -44,7 +44,7 @@ class Config:
     eager: bool = True          # without compiling
     compile: bool = True        # with compiled blocks
     peer: bool = True           # also diffusers, if it is installed
-    quant: str = ""             # further rows of ours with such linears, separated by commas: packed, fp8, te
+    quant: str = ""             # further rows of ours with such linears, separated by commas: packed, fp8, fp8-te, te
     repeats: int = 3            # timed calls in each of two repetitions; fewer where calls are slow
     tiny: bool = False          # tiny sizes, on a CPU too: shows that it runs, measures nothing
     out: str = ""               # file for the rows, as JSON
@@ -104,6 +104,7 @@ def our_call(name, device, fields, compiled, checkpointing, quant="none"):
     With `quant` linears are rounded; returned are then also GiB of all weights and dB of the velocity over its error.
     """
     model = random_model(name, device, torch.float32 if checkpointing else DTYPE, **fields)
+    model.requires_grad_(bool(checkpointing))
     x, sigma, text = example(model.spec, device)
 
     def velocity(train=checkpointing):
@@ -115,7 +116,7 @@ def our_call(name, device, fields, compiled, checkpointing, quant="none"):
     if checkpointing:
         checkpoint_blocks(model, keep_attention=checkpointing == "selective")
     if compiled:
-        compile_blocks(model, fullgraph=quant in ("none", "packed"))        # Transformer Engine is not traced
+        compile_blocks(model, fullgraph="te" not in quant.split("-"))       # Transformer Engine is not traced
     return partial(step, model, velocity, checkpointing), facts
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from common import compute_dtype, put
 
-BLOCK, CODE_MAX, SCALE_MAX = 16, 6.0, 448.0             # neighbours that share a scale; largest code, largest scale
+BLOCK, CODE_MAX, SCALE_MAX = 16, 6, 448                 # neighbours that share a scale; largest code, largest scale
 FLOAT_MAX = torch.finfo(torch.float32).max
 HEADER = {"format": "nvfp4", "block": "16", "tile": "1x16", "nibble": "low"}            # of a file that `save` wrote
 
@@ -66,14 +66,15 @@ def on_grid(x, tile=(1, BLOCK)):
     return torch.where(y < 0, -a, a), scales, amax
 
 
-def off_grid(q, scales, amax):
-    """q [M, K/16, 16], scales [M, K/16], amax [] -> fp32 [M, K]."""
-    return (q * ((e4m3(scales) * amax) * (1 / (CODE_MAX * SCALE_MAX)))[..., None]).flatten(1)
+def factors(scales, amax):
+    """scales [M, K/16], amax [] -> what a code stands for 1 of, fp32 [M, K/16]."""
+    return (e4m3(scales) * amax) * (1 / (CODE_MAX * SCALE_MAX))
 
 
 def rounded(x, tile=(1, BLOCK), dtype=None):
     """x as NVFP4 stores it, in its own shape; NaN or infinity turns all of it into NaN or infinity."""
-    return off_grid(*on_grid(x, tile)).reshape(x.shape).to(dtype or x.dtype)
+    q, scales, amax = on_grid(x, tile)
+    return (q * factors(scales, amax)[..., None]).reshape(x.shape).to(dtype or x.dtype)
 
 
 # ---- Memory layout ---------------------------------------------------------------------------------------------------
@@ -84,8 +85,8 @@ def half(bits):
 
 
 def e2m1(codes):
-    m = (codes & 7).float()
-    return torch.where(m < 5, m / 2, torch.where(m < 7, m - 2, 6.0)) * (1 - (codes & 8) / 4)    # 0 .5 1 1.5 2 3 4 6
+    c = codes.int()
+    return half((c & 8) << 12 | (c & 7) << 9) * 2.0 ** 14
 
 
 def e4m3(scales):
@@ -104,10 +105,11 @@ def quantize(x, tile=(1, BLOCK)):
 
 
 def dequantize(codes, scales, amax, dtype):
-    """codes [M, K/2], scales [M, K/16], amax [] -> [M, K]."""
-    shifts = torch.arange(0, 8, 4, dtype=torch.uint8, device=codes.device)
-    q = e2m1(codes[..., None] >> shifts)                                                # [M, K/2, 2]
-    return off_grid(q.reshape(len(q), -1, BLOCK), scales, amax).to(dtype)
+    """codes [M, K/2], scales [M, K/16], amax [] -> [M, K]; said for each number alone, so that a compiler makes it one
+    kernel that writes nothing else. A GPU has room for a packed model, but not for a weight in fp32 beside it."""
+    k = torch.arange(2 * codes.shape[1], device=codes.device)                           # columns [K]
+    q = e2m1(codes[:, k // 2] >> (k % 2 * 4).to(torch.uint8))                           # [M, K]
+    return (q * factors(scales, amax)[:, k // BLOCK]).to(dtype)
 
 
 class FakeQuant(torch.autograd.Function):
@@ -212,15 +214,17 @@ class PackedLinear(nn.Module):
         return F.linear(x.to(dtype), weight, None if self.bias is None else self.bias.to(dtype))
 
 
-@functools.cache
-def kernel():
-    return torch.compile(dequantize, dynamic=True)
+def fused(function):
+    """`function` of tensors as a kernel of its own on a GPU, unless it is within what is being compiled."""
+    compiled = functools.cache(functools.partial(torch.compile, function, dynamic=True))
+
+    @functools.wraps(function)
+    def call(x, *rest):
+        return (compiled() if x.is_cuda and not torch.compiler.is_compiling() else function)(x, *rest)
+    return call
 
 
-def unpack(codes, scales, amax, dtype):
-    """`dequantize`, as one kernel on a GPU: half a byte read and two written for each weight."""
-    alone = codes.is_cuda and not torch.compiler.is_compiling()
-    return (kernel() if alone else dequantize)(codes, scales, amax, dtype)
+unpack = fused(dequantize)                              # half a byte read and two written for each weight
 
 
 # ---- Files -----------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
     nvfp4        4-bit weights, what `packed` computes on any machine
     nvfp4-w4a4   4-bit weights and activations, what `te` computes on Blackwell
-    fp8          8-bit matmuls forward and backward, by Transformer Engine on Ada, Hopper and later
+    fp8          8-bit matmuls forward and backward, on Hopper and later
 
 In stage 2 the student alone is rounded; teacher and critic are what the losses compare it with, and stay exact. Beside
 these losses it imitates itself without rounding (quantization-aware distillation, arXiv:2601.20088). The optimizer, the

@@ -3,7 +3,8 @@
     emulate  any machine   4-bit rounding as Blackwell does it, straight-through gradients: quantization-aware training
     packed   any machine   4-bit weights in memory, 16-bit matmuls: saves memory, not time
     te       Blackwell     4-bit weights and activations, multiplied by Transformer Engine: saves time too
-    fp8      Ada, Hopper   8-bit matmuls, forward and backward, by Transformer Engine: saves time, also in training
+    fp8      Hopper        8-bit matmuls, forward and backward, within compiled blocks (see fp8.py): saves time in both
+    fp8-te   Ada, Hopper   the same by Transformer Engine, whose modules the compiler does not see
     auto                   te where the machine has it, else packed; prints its choice
 
 Train for what you deploy: `emulate` for packed, `emulate` with activations for te. A mode that a machine cannot run
@@ -22,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import fp8
 from nvfp4 import BLOCK, EmulatedLinear, PackedLinear, QuantizedLinear, check, rounded, save
 from nvfp4 import dequantize, fake_quant, quantize  # noqa: F401, to be had from here
 
@@ -30,7 +32,7 @@ LAYERS = {                                              # what is worth it, by t
     "hunyuan": r"double_blocks\.\d+\.(img|txt)_(attn_(q|k|v|proj)|mlp\.fc[12])",
     "ltx": r"transformer_blocks\.\d+\.(attn[12]\.to_([qkv]|out\.0)|ff\.net\.(0\.proj|2))"}
 MODULATION = r"double_blocks\.\d+\.(img|txt)_mod\.linear"       # a third of HunyuanVideo; sees one row a frame
-DIVISORS = {"te": (16, 32), "fp8": (16, 16)}            # of rows and columns of a weight, for the engine's matmuls
+DIVISORS = {"te": (16, 32), "fp8": (16, 16), "fp8-te": (16, 16)}        # of rows and columns of a weight
 LOW = 19.5                                              # dB of a weight below which it is named; Gaussian ones: 20.4
 
 
@@ -66,7 +68,7 @@ class Unavailable(OSError, RuntimeError):
 
 
 def unavailable(mode):
-    """Why this machine cannot run `mode`, in one line; empty when it can. The only reason to import the engine."""
+    """Why this machine cannot run `mode`, in one line; empty when it can. Only modes te import the engine."""
     if mode not in DIVISORS:
         return ""
     least, what = ((10, 0), "NVFP4") if mode == "te" else ((8, 9), "FP8")
@@ -75,6 +77,8 @@ def unavailable(mode):
     if torch.cuda.get_device_capability() < least:
         return (f"device compute capability {least[0]}.{least[1]} or higher required for {what} execution, but "
                 f"{torch.cuda.get_device_name()} has {'.'.join(map(str, torch.cuda.get_device_capability()))}")
+    if mode == "fp8":
+        return fp8.refusal()
     try:
         import transformer_engine.pytorch as te
     except (ImportError, OSError, AssertionError, RuntimeError) as error:
@@ -86,11 +90,10 @@ def unavailable(mode):
 def settle(mode):
     """`auto` decided, and printed; a mode that cannot run here refused (Unavailable, ValueError)."""
     if mode == "auto":
-        reason = unavailable("te")
-        mode = "packed" if reason else "te"
+        mode = "packed" if (reason := unavailable("te")) else "te"
         print(f"quantization auto: {mode}" + (f", for te cannot run here: {reason}" if reason else ""))
     if mode not in ("emulate", "packed", *DIVISORS):
-        raise ValueError(f"unknown quantization mode '{mode}'; choose emulate, packed, te, fp8 or auto")
+        raise ValueError(f"unknown quantization mode '{mode}'; choose emulate, packed, te, fp8, fp8-te or auto")
     if reason := unavailable(mode):
         raise Unavailable(f"quantization mode {mode} cannot run here: {reason}; mode packed runs anywhere")
     return mode
@@ -99,7 +102,7 @@ def settle(mode):
 def engine_recipe(mode, tile, delayed):
     """How Transformer Engine scales. NVFP4 in rows: for inference and QAT; in 16x16 tiles: all training in 4 bits."""
     from transformer_engine.common import recipe
-    if mode == "fp8":
+    if mode == "fp8-te":
         return recipe.DelayedScaling() if delayed else recipe.Float8CurrentScaling()
     if tile == (1, BLOCK):
         return recipe.NVFP4BlockScaling(disable_rht=True, disable_stochastic_rounding=True,
@@ -124,23 +127,20 @@ def choose(model, mode, keep=(), layers=None, edge_blocks=0):
     if edge_blocks:
         block = {name: int(re.search(r"blocks\.(\d+)", name)[1]) for name in names}
         names = [name for name in names if edge_blocks <= block[name] <= max(block.values()) - edge_blocks]
-    names = [name for name in names if not any(re.search(pattern, name) for pattern in keep)]
-    if not names:
+    if not (names := [name for name in names if not any(re.search(pattern, name) for pattern in keep)]):
         raise ValueError("no linear is left to quantize; see `layers`, `keep` and `edge_blocks`")
     return sorted(names)
 
 
 def maker(mode, activations=False, tile=(1, BLOCK), delayed=False):
     """What makes a quantized layer of an nn.Linear, in a mode that `settle` returned."""
-    if (activations and mode != "emulate") or (delayed and mode != "fp8") or (tile != (1, BLOCK) and mode == "fp8"):
+    if (activations and mode != "emulate") or (delayed and mode != "fp8-te") or (tile != (1, BLOCK) and "fp8" in mode):
         raise ValueError(f"mode {mode} does not take these options: activations {activations} is for emulate (te and "
-                         f"fp8 always round them, packed never), delayed {delayed} for fp8, tile {tile} for NVFP4")
-    if mode == "packed":
-        return lambda layer: PackedLinear(layer, tile)
-    if mode == "emulate":
-        return lambda layer: EmulatedLinear(layer, tile, activations)
-    recipe = engine_recipe(mode, tile, delayed)
-    return lambda layer: EngineLinear(layer, recipe)
+                         f"fp8 always round them, packed never), delayed {delayed} for fp8-te, tile {tile} for NVFP4")
+    recipe = engine_recipe(mode, tile, delayed) if "te" in mode.split("-") else None
+    return {"packed": lambda layer: PackedLinear(layer, tile), "fp8": fp8.replace,
+            "emulate": lambda layer: EmulatedLinear(layer, tile, activations)}.get(
+                mode, lambda layer: EngineLinear(layer, recipe))
 
 
 def quantize_model(model, mode, keep=(), layers=None, edge_blocks=0, **options):
@@ -149,7 +149,7 @@ def quantize_model(model, mode, keep=(), layers=None, edge_blocks=0, **options):
     Call it before FSDP, LoRA adapters and compilation. Activations are rounded in runs of 16, whatever the `tile`.
     """
     mode = settle(mode)
-    if any(isinstance(module, (QuantizedLinear, PackedLinear)) for module in model.modules()):
+    if any(isinstance(module, (QuantizedLinear, PackedLinear, fp8.StoredLinear)) for module in model.modules()):
         raise ValueError("the model is quantized already")
     make, names = maker(mode, **options), choose(model, mode, keep, layers, edge_blocks)
     for name in names:
@@ -176,10 +176,10 @@ def one_region(model, layer):
 
 @contextlib.contextmanager
 def full_precision(model):
-    """Within it, emulated and engine layers are plain linears: the teacher's pass of self-distillation."""
+    """Within it, layers that keep their full weights are plain linears: the teacher's pass of self-distillation."""
     layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     if not layers:
-        raise ValueError("the model has no layer that could be switched to full precision (packed ones cannot)")
+        raise ValueError("the model has no layer that could be switched to full precision (stored ones cannot)")
     before = [layer.quantized for layer in layers]
     try:
         for layer in layers:
@@ -275,7 +275,7 @@ class Config:
     checkpoint: str                         # safetensors file, official folder or hub repository
     out: str = "nvfp4.safetensors"          # what packed writes; the report goes beside it, as .json and .png
     backbone: str = "tiny"                  # a preset of model.py
-    mode: str = "packed"                    # packed | emulate | te | fp8 | auto; all but packed only report
+    mode: str = "packed"                    # packed | emulate | te | fp8 | fp8-te | auto; only packed writes weights
     activations: bool = False               # emulate: round activations too
     keep: str = ""                          # regular expression of linears to leave alone
     edge_blocks: int = 0                    # leave so many blocks at both ends alone

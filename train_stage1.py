@@ -75,7 +75,7 @@ class Config:
     sequence: int = 1               # neighbouring processes that share each clip
     recompute: bool = False         # recompute activations in the backward pass: less memory
     compile: bool = False           # torch.compile the transformer blocks
-    quant: str = "none"             # fp8: matmuls in 8 bits, forward and backward (Ada, Hopper and later)
+    quant: str = "none"             # fp8: matmuls in 8 bits, forward and backward (Hopper and later)
     cuda_graphs: bool = False       # with --compile on a GPU: launch the network as CUDA graphs
 
     def __post_init__(self):

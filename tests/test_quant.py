@@ -521,10 +521,15 @@ def test_a_mode_that_cannot_run_says_why_in_one_line(engine, monkeypatch, capsys
     engine.capability = (9, 0)
     with pytest.raises(RuntimeError, match=r"mode te cannot run here: .*capability 10.0 .*Test GPU has 9.0; .*packed") as old:
         quantize_model(Toy(), "te")
-    assert quantize_model(Toy(), "fp8") == NAMES                                        # Hopper has this
+    assert quantize_model(Toy(), "fp8-te") == NAMES                                     # Hopper has this
     assert quantize_model(Toy(), "auto") == NAMES and "auto: packed, for te cannot run here" in capsys.readouterr().out
     engine.capability = (8, 0)
-    with pytest.raises(RuntimeError, match=r"mode fp8 cannot run here: .*capability 8.9 .*FP8"):
+    for mode in ("fp8", "fp8-te"):
+        with pytest.raises(RuntimeError, match=rf"mode {mode} cannot run here: .*capability 8.9 .*FP8"):
+            quantize_model(Toy(), mode)
+    engine.capability = (8, 9)
+    monkeypatch.setattr(quant.fp8, "refusal", lambda: "torch has no 8-bit matmul for it")
+    with pytest.raises(RuntimeError, match="mode fp8 cannot run here: torch has no 8-bit matmul"):
         quantize_model(Toy(), "fp8")
     engine.capability = (10, 0)
     assert quantize_model(Toy(), "auto") == NAMES and "auto: te" in capsys.readouterr().out
@@ -570,7 +575,7 @@ def test_engine_layers_pad_rows_and_cast_frozen_weights_once(engine):
 
 def test_delayed_scaling_counts_a_forward_of_the_whole_network_as_one_step(engine):
     model = Toy()
-    quantize_model(model, "fp8", delayed=True)
+    quantize_model(model, "fp8-te", delayed=True)
     model(randn(32, 64))
     assert engine.diary[:2] == ["enter", "enter"] and engine.diary[-2:] == ["exit", "exit"]
     assert engine.diary.count("enter") == engine.diary.count("exit") == 5
@@ -578,7 +583,7 @@ def test_delayed_scaling_counts_a_forward_of_the_whole_network_as_one_step(engin
         model(randn(32, 63))
     assert engine.diary.count("enter") == engine.diary.count("exit")                    # closed after an error, too
     with pytest.raises(ValueError, match="does not take"):
-        quantize_model(Toy(), "fp8", tile=(16, 16))
+        quantize_model(Toy(), "fp8-te", tile=(16, 16))
 
 
 def test_importing_and_other_modes_leave_the_engine_alone():
@@ -627,7 +632,7 @@ def test_full_precision_is_exact_and_ends_with_an_exception():
             raise KeyError
     assert torch.equal(model(x), rounded) and not torch.equal(rounded, exact)
     quantize_model(packed := Toy(), "packed")
-    with pytest.raises(ValueError, match="packed ones cannot"):
+    with pytest.raises(ValueError, match="stored ones cannot"):
         full_precision(packed).__enter__()
 
 
@@ -713,10 +718,11 @@ def test_sharded_and_replicated_weights_are_rounded_as_whole_ones(tmp_path):
 
 # ---- On a GPU (19, 20) -----------------------------------------------------------------------------------------------
 
-@pytest.fixture
-def fp8():
-    if reason := quant.unavailable("fp8"):
+@pytest.fixture(params=["fp8", "fp8-te"])
+def fp8(request):
+    if reason := quant.unavailable(request.param):
         pytest.skip(reason)
+    return request.param
 
 
 @gpu
@@ -763,7 +769,7 @@ def test_fp8_linears_and_their_gradients(fp8):
     torch.manual_seed(0)
     model, plain = Toy(256).cuda(), Toy(256).cuda()
     plain.load_state_dict(model.state_dict())
-    quantize_model(model, "fp8")
+    quantize_model(model, fp8)
     x = torch.randn(3, 65, 256, device="cuda")                                          # 195 rows: padded
     with torch.autocast("cuda", torch.bfloat16):
         y, exact = model(x), plain(x)
@@ -776,7 +782,9 @@ def test_fp8_linears_and_their_gradients(fp8):
         trained = model(x)
         model.requires_grad_(False)
         assert torch.equal(model(x), trained) and torch.equal(model(x), trained)        # weights cast once: the same
-    quantize_model(delayed := Toy(256).cuda(), "fp8", delayed=True)
+    if fp8 == "fp8":
+        return
+    quantize_model(delayed := Toy(256).cuda(), "fp8-te", delayed=True)
     for _ in range(3):
         with torch.autocast("cuda", torch.bfloat16):
             y = delayed(x)
@@ -785,7 +793,9 @@ def test_fp8_linears_and_their_gradients(fp8):
 
 
 @gpu
-def test_emulation_equals_the_engines_reference_module(fp8):
+def test_emulation_equals_the_engines_reference_module():
+    if reason := quant.unavailable("fp8-te"):
+        pytest.skip(reason)
     import transformer_engine.pytorch as te
     from transformer_engine.common.recipe import CustomRecipe
     from transformer_engine.pytorch.custom_recipes.reference_nvfp4 import nvfp4_ref_rht_2d_factory

@@ -75,8 +75,8 @@ def expected(model, frames, grid, steps):
 
 @torch.no_grad()
 def measure(model, history, text, cfg):
-    """Milliseconds of a chunk and GiB at its peak on the GPU, of which `kept` is history. The first chunk is not counted;
-    under --compile the first five: the segments that enter repeat after four."""
+    """Milliseconds of a chunk and GiB at its peak on the GPU, of which `kept` is history. The first chunk is not
+    counted; under --compile the first five: the segments that enter repeat after four."""
     device, K, cuda = history.latents.device, model.spec.chunk, history.latents.is_cuda
     velocity, times, sigmas = launched(model), [], schedule(cfg.steps, model.spec.shift)
     for _ in range((5 if cfg.compile else 1) + cfg.chunks):

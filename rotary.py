@@ -36,8 +36,8 @@ def rotary(centres, dims, theta, dtype):
 
 def rotate(x, rope):
     """Turn neighbouring channel pairs of x [B, heads, N, d] by the angles `rope` (cos, sin [N, d / 2]), in fp32."""
-    (cos, sin), sign = rope, torch.arange(-1, 2, 2, device=x.device)                    # -1, 1: no halves to be put
-    x = x.float().unflatten(-1, (-1, 2))                                                # together. [B, heads, N, d/2, 2]
+    (cos, sin), sign = rope, torch.arange(-1, 2, 2, device=x.device)                    # -1, 1: no halves to be joined
+    x = x.float().unflatten(-1, (-1, 2))                                                # [B, heads, N, d/2, 2]
     return (x * cos[..., None] + x.flip(-1) * (sin[..., None] * sign)).flatten(-2)
 
 

@@ -28,9 +28,9 @@ GPUS = {"RTX 4090": GPU(23.5, 165, 1.01, 32), "A100 40 GB": GPU(39.4, 312, 1.56,
         "A100 80 GB": GPU(79.2, 312, 2.04, 300), "H100 80 GB": GPU(79.1, 989, 3.35, 450),
         "H200": GPU(139.8, 989, 4.8, 450), "B200": GPU(178.3, 2250, 8.0, 900)}
 PEAK = GPUS["H100 80 GB"].tflops                        # of the GPU of results/train.json
-# What is seen of those rates: copies within an H100 and an H200; an all-reduce of 1 GiB between two H100s, no NVLS.
-MEMORY, LINK = 0.9, 0.73
-SLOWED = 0.2            # seconds that a second of communication costs the computation beside it: not measured
+# What is seen of those rates: copies within an H200; all-gathers of 400 MB between two (small ones: 0.4), without NVLS.
+MEMORY, LINK = 0.88, 0.55
+SLOWED = 0.8            # seconds that a second of communication costs the computation beside it: 5B on two H200s
 COLLECTIVE = 3e-5       # seconds of a small collective by itself: not measured
 EAGER = 2.0             # blocks that are not compiled take so many times as long: LTX-2.3 with adapters on two H100s
 

@@ -216,9 +216,11 @@ class PackedLinear(nn.Module):
 
 def fused(function):
     """`function` of tensors as a kernel of its own on a GPU, unless it is within what is being compiled."""
-    compiled = functools.cache(functools.partial(torch.compile, function, dynamic=True))
+    @functools.cache
+    def compiled():                                     # for each shape: with sizes left open it is five times slower
+        torch._dynamo.config.recompile_limit = 64
+        return torch.compile(function, dynamic=False)
 
-    @functools.wraps(function)
     def call(x, *rest):
         return (compiled() if x.is_cuda and not torch.compiler.is_compiling() else function)(x, *rest)
     return call

@@ -6,7 +6,6 @@ waits for the host (networks of a few million parameters, codecs, data) is not i
 """
 
 import json
-import math
 from collections import Counter
 from functools import cache
 from typing import NamedTuple

@@ -212,8 +212,8 @@ def rows_of(cfg, device):
     teacher, files = load(cfg.backbone, cfg.teacher, device), [FILE]
     paths = cfg.student.split(",") if cfg.student else [ASSETS / f"{cfg.backbone}-student.safetensors"]
     paths = [] if cfg.student == "none" else paths
-    rows = samplers_of(teacher, [qat.apply(load(cfg.backbone, path, device), cfg.quant) for path in paths],
-                       cfg.guidance or teacher.spec.guidance, cfg.teacher_steps)
+    students = [qat.apply(load(cfg.backbone, path, device).requires_grad_(False), cfg.quant) for path in paths]
+    rows = samplers_of(teacher, students, cfg.guidance or teacher.spec.guidance, cfg.teacher_steps)
     fast = lru_cache(maxsize=None)(launched)                # each network is recorded once
     rows = [row._replace(velocity=fast) for row in rows]
     if cfg.references:

@@ -20,10 +20,10 @@ MAX = 448                                               # largest number of E4M3
 
 
 def to_fp8(x):
-    """x [M, K] -> q [M, K] in E4M3, scales fp32 [M, 1]: x is about q times scale. Zeros stay; a row that has NaN or
-    infinity has a scale or code that is, and makes what it is multiplied with so."""
+    """x [M, K] -> q [M, K] in E4M3, row after row whatever x is, scales fp32 [M, 1]: x is about q scale. Zeros stay; a
+    row that has NaN or infinity has a scale or code that is not finite, and neither is its product then."""
     scale = (x.abs().amax(1, keepdim=True).float() / MAX).clamp(min=2 ** -100)          # whose reciprocal is finite
-    return (x * (1 / scale)).to(torch.float8_e4m3fn), scale
+    return (x * (1 / scale)).to(torch.float8_e4m3fn, memory_format=torch.contiguous_format), scale
 
 
 rounded = fused(to_fp8)
@@ -51,7 +51,7 @@ def refusal():
         q, scale = to_fp8(torch.ones(16, 16, device="cuda"))
         return "" if (product(q, scale, q, scale) == 16).all() else "the 8-bit matmul of a known matrix is wrong"
     except (RuntimeError, ValueError) as error:
-        return f"torch {torch.__version__} has no 8-bit matmul with scales of rows for it ({str(error).splitlines()[0]})"
+        return f"torch {torch.__version__} has no FP8 matmul with scales of rows for it ({str(error).splitlines()[0]})"
 
 
 class Matmul(torch.autograd.Function):

@@ -177,8 +177,8 @@ def one_region(model, layer):
 @contextlib.contextmanager
 def full_precision(model):
     """Within it, layers that keep their full weights are plain linears: the teacher's pass of self-distillation."""
-    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
-    if not layers:
+    layers = [module for module in model.modules() if isinstance(module, (QuantizedLinear, fp8.StoredLinear))]
+    if not layers or not all(isinstance(layer, QuantizedLinear) for layer in layers):
         raise ValueError("the model has no layer that could be switched to full precision (stored ones cannot)")
     before = [layer.quantized for layer in layers]
     try:

@@ -57,6 +57,25 @@ def test_rows_are_rounded_to_the_range_of_e4m3():
     assert torch.isfinite(exact(q, scale)).all()
 
 
+def test_rounded_rows_lie_one_after_the_other_as_the_product_wants_them():
+    x = randn(32, 48)
+    for other in (x.T.contiguous().T, x[:1].expand(32, 48), x.repeat(1, 2)[:, ::2]):
+        q, scale = fp8.to_fp8(other)
+        assert q.is_contiguous() and torch.equal(q.float(), fp8.to_fp8(other.contiguous())[0].float())
+
+
+def test_a_frozen_weight_costs_no_product_and_keeps_no_input():
+    for frozen, products in ((False, 2), (True, 1)):
+        layer, kept = fp8.FP8Linear(linear()).requires_grad_(not frozen), []
+        x = randn(5, 64).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+            y = layer(x)
+        assert ((5, 64) in kept) == (not frozen) and (48, 64) in kept
+        with torch.profiler.profile() as trace:
+            y.sum().backward()
+        assert sum(event.count for event in trace.key_averages() if event.key == "aten::mm") == products
+
+
 def test_what_is_not_finite_stays_so():
     layer = fp8.FP8Linear(linear())
     for bad in (float("nan"), float("inf")):
@@ -137,11 +156,32 @@ def test_full_precision_is_for_layers_that_kept_their_weights():
     assert not torch.equal(velocity(model), plain)
     with full_precision(model):
         assert torch.equal(velocity(model), plain)
-    with pytest.raises(ValueError, match="stored ones cannot"):
-        with full_precision(eight(tiny().requires_grad_(False))):
-            pass
+    stored = eight(tiny().requires_grad_(False))
+    for none in (stored, nn.ModuleList([model, stored])):                               # some would stay rounded
+        with pytest.raises(ValueError, match="stored ones cannot"):
+            with full_precision(none):
+                pass
     with pytest.raises(ValueError, match="quantized already"):
         quant.quantize_model(eight(tiny().requires_grad_(False)), "emulate")
+
+
+@gpu
+@pytest.mark.parametrize("M, K, N", [(4096, 3072, 14336), (195, 256, 64), (1, 64, 64)])
+def test_layers_on_a_gpu_equal_those_of_dequantised_operands(monkeypatch, M, K, N):
+    if reason := quant.unavailable("fp8"):
+        pytest.skip(reason)
+    results, x = [], randn(M, K).cuda().bfloat16().T.contiguous().T                     # in an unusual layout
+    for product in (fp8.product, fp8.reference):
+        monkeypatch.setattr(fp8, "product", product)
+        layer, leaf = fp8.FP8Linear(linear(K, N).cuda()), x.detach().requires_grad_()
+        y = layer(leaf)
+        y.backward(randn(N, M, seed=2).cuda().bfloat16().T)
+        results.append([y, leaf.grad, layer.weight.grad])
+        with torch.no_grad():
+            bad = torch.zeros(32, K, device="cuda", dtype=torch.bfloat16)
+            bad[3, 5], bad[4, 5] = torch.nan, torch.inf
+            assert layer(bad).isfinite().all(1).tolist() == [i not in (3, 4) for i in range(32)]
+    assert all(snr(b, a) > 40 for a, b in zip(*results))
 
 
 @gpu

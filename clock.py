@@ -115,7 +115,8 @@ def times(job, networks, tally, mode, gpu):
             first, again, reduced = (n / layers / link for n in traffic(job, net.blocks, asked, reduces))
             ends = sum(traffic(job, net.ends, asked, reduces)[::2]) / link      # stay gathered for the backward
             late = ends + first + again + reduced
-            late += layers * sum(max(0, there - here / layers) for there, here in zip((first, again + reduced), done))
+            hidden = [min(there, here / layers) for there, here in zip((first, again + reduced), done)]
+            late += (layers - 1) * (first + again + reduced - sum(hidden))
             moved = ends + layers * (first + again + reduced)
             took["communication"] += moved
             took["waiting"] += late + SLOWED * max(0, moved - late)
@@ -127,7 +128,7 @@ def times(job, networks, tally, mode, gpu):
         steps = (40 * net.steps * net.learns + 12 * net.average) / part
         took["optimizer"] += (steps + 12 * added[who] * net.learns) / memory
         if job.gpus > 1 and not sharded:                                    # common.descend, tensor by tensor, and / W
-            bytes = 2 * (job.gpus - 1) / job.gpus * 4 * net.learns
-            took["communication"] += net.steps * (bytes / link + net.tensors * COLLECTIVE)
-            took["waiting"] += net.steps * (bytes / link + net.tensors * COLLECTIVE + 8 * net.learns / memory)
+            size = 2 * (job.gpus - 1) / job.gpus * 4 * net.learns
+            took["communication"] += net.steps * (size / link + net.tensors * COLLECTIVE)
+            took["waiting"] += net.steps * (size / link + net.tensors * COLLECTIVE + 8 * net.learns / memory)
     return took

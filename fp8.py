@@ -31,8 +31,9 @@ rounded = fused(to_fp8)
 
 def reference(a, s, b, t, bias=None):
     """What `product` is, of the dequantised operands in fp32; rounded to bf16 once."""
-    y = (a.float() @ b.float().T) * s * t.T
-    return (y if bias is None else y + bias).bfloat16()
+    with torch.autocast(a.device.type, enabled=False):
+        y = (a.float() @ b.float().T) * s * t.T
+        return (y if bias is None else y + bias).bfloat16()
 
 
 def product(a, s, b, t, bias=None):
@@ -51,7 +52,7 @@ def refusal():
         q, scale = to_fp8(torch.ones(16, 16, device="cuda"))
         return "" if (product(q, scale, q, scale) == 16).all() else "the 8-bit matmul of a known matrix is wrong"
     except (RuntimeError, ValueError) as error:
-        return f"torch {torch.__version__} has no FP8 matmul with scales of rows for it ({str(error).splitlines()[0]})"
+        return f"torch {torch.__version__} has no FP8 matmul with a scale for each row ({str(error).splitlines()[0]})"
 
 
 class Matmul(torch.autograd.Function):
@@ -79,7 +80,7 @@ class Matmul(torch.autograd.Function):
 
 def linear(x, weight, scale, bias):                                                     # x [..., K] -> [..., N]
     h, b = x.reshape(-1, x.shape[-1]).bfloat16(), None if bias is None else bias.bfloat16()
-    return Matmul.apply(h, weight, scale, b).to(x.dtype).reshape(*x.shape[:-1], -1)
+    return Matmul.apply(h, weight, scale, b).to(x.dtype).reshape(*x.shape[:-1], len(weight))
 
 
 class FP8Linear(QuantizedLinear):
@@ -90,7 +91,7 @@ class FP8Linear(QuantizedLinear):
 
 
 class StoredLinear(nn.Module):
-    """A linear that has nothing but the rounded weight, half of 16 bits: for inference, or a base that stays as it is.
+    """A linear that has nothing but the rounded weight, half of 16 bits: for inference.
 
     Buffers are integers, bit patterns of E4M3 [N, K] and of fp32 [N, 1]: `.to(torch.bfloat16)` must not round them.
     """
@@ -110,6 +111,6 @@ class StoredLinear(nn.Module):
 
 
 def replace(layer):
-    """The nn.Linear `layer` in 8 bits: stored so if its weight is frozen by now, as for inference, else rounded at each
-    call, as training and self-distillation need it."""
+    """The nn.Linear `layer` in 8 bits: stored so if its weight is frozen by now, for inference; else rounded at each
+    call, as training, adapters and self-distillation need it."""
     return FP8Linear(layer) if layer.weight.requires_grad else StoredLinear(layer)

@@ -203,7 +203,7 @@ class History:
 
 def identity(text):
     """Equal for texts of the same tensors in memory, as long as they are alive: guidance makes a new dict each time."""
-    return tuple((name, x.data_ptr(), x.shape) for name, x in text.items() if torch.is_tensor(x))
+    return tuple((name, x.data_ptr(), x.shape, x.stride()) for name, x in text.items() if torch.is_tensor(x))
 
 
 def behind_cache(model, x, sigma, condition, who):

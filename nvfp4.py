@@ -218,7 +218,7 @@ def fused(function):
     """`function` of tensors as a kernel of its own on a GPU, unless it is within what is being compiled."""
     @functools.cache
     def compiled():                                     # for each shape: with sizes left open it is five times slower
-        torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
         return torch.compile(function, dynamic=False)
 
     def call(x, *rest):

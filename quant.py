@@ -3,12 +3,11 @@
     emulate  any machine   4-bit rounding as Blackwell does it, straight-through gradients: quantization-aware training
     packed   any machine   4-bit weights in memory, 16-bit matmuls: saves memory, not time
     te       Blackwell     4-bit weights and activations, multiplied by Transformer Engine: saves time too
-    fp8      Hopper        8-bit matmuls, forward and backward, within compiled blocks (see fp8.py): saves time in both
+    fp8      Hopper        8-bit matmuls, forward and backward, traced by the compiler (see fp8.py): saves time
     fp8-te   Ada, Hopper   the same by Transformer Engine, whose modules the compiler does not see
     auto                   te where the machine has it, else packed; prints its choice
 
-Train for what you deploy: `emulate` for packed, `emulate` with activations for te. A mode that a machine cannot run
-stops with the reason; nothing falls back.
+Train for what you deploy: `emulate` for packed, with activations for te. What cannot run here stops with the reason.
 
     python quant.py student.safetensors --mode packed --out student-nvfp4.safetensors
 """
@@ -137,10 +136,11 @@ def maker(mode, activations=False, tile=(1, BLOCK), delayed=False):
     if (activations and mode != "emulate") or (delayed and mode != "fp8-te") or (tile != (1, BLOCK) and "fp8" in mode):
         raise ValueError(f"mode {mode} does not take these options: activations {activations} is for emulate (te and "
                          f"fp8 always round them, packed never), delayed {delayed} for fp8-te, tile {tile} for NVFP4")
-    recipe = engine_recipe(mode, tile, delayed) if "te" in mode.split("-") else None
-    return {"packed": lambda layer: PackedLinear(layer, tile), "fp8": fp8.replace,
-            "emulate": lambda layer: EmulatedLinear(layer, tile, activations)}.get(
-                mode, lambda layer: EngineLinear(layer, recipe))
+    if mode in ("packed", "emulate", "fp8"):
+        return {"packed": lambda layer: PackedLinear(layer, tile), "fp8": fp8.replace,
+                "emulate": lambda layer: EmulatedLinear(layer, tile, activations)}[mode]
+    recipe = engine_recipe(mode, tile, delayed)
+    return lambda layer: EngineLinear(layer, recipe)
 
 
 def quantize_model(model, mode, keep=(), layers=None, edge_blocks=0, **options):

@@ -45,9 +45,9 @@ def velocity_of(model):
 
 
 def launched(model):
-    """`velocity_of` a model that learns nothing and stays as it is: what it makes of a text alone is made once. On a
-    GPU as CUDA graphs, if it is so small that it would wait for launches. HunyuanVideo counts its text tokens on the
-    way, which no graph can."""
+    """`velocity_of` a model that learns nothing: what it makes of a text alone (`heard`) is made once, so neither its
+    weights nor a text may change in place. On a GPU as CUDA graphs, if it is so small that it would wait for launches.
+    HunyuanVideo counts its text tokens on the way, which no graph can."""
     device, alone = next(model.parameters()).device, world_size() == 1 and model.spec.arch != "hunyuan"
     velocity, known = velocity_of(model), {}
     velocity = replayed(velocity, device) if alone and model.spec.dim < LARGE else velocity

@@ -155,9 +155,9 @@ def initial_model(cfg, coder, layout, device):
     def prepare(model):
         control = cfg.control or ("" if model.control else model.spec.control)  # that of --init stays
         attach(model, control, coder.sentences() if "text" in control else None, device)
+        qat.apply(model, cfg.quant)                                     # first: frozen weights would be stored rounded
         for name, p in model.named_parameters():
             p.requires_grad_(cfg.train == "all" or name.startswith(("control.", "compress.")))
-        qat.apply(model, cfg.quant)
         return layout.place(checkpoint_blocks(model) if cfg.recompute else model)
 
     reseed(cfg.seed, "initialisation")

@@ -16,6 +16,7 @@ import common
 import dmd
 import health
 import model
+import quant
 import qat
 import train_stage1 as one
 import train_stage2 as two
@@ -224,6 +225,16 @@ def test_fp8_without_its_hardware_ends_with_one_line(script, monkeypatch, tmp_pa
     with pytest.raises(SystemExit, match="mode fp8 cannot run here: no NVIDIA GPU is visible") as stop:
         script.main(common.parse(script.Config, ["--quant", "fp8", "--out", str(tmp_path / "run")]))
     assert "\n" not in stop.value.code and not (tmp_path / "run").exists()
+
+
+def test_control_learns_on_a_frozen_base_in_8_bits(monkeypatch, tmp_path):
+    """The base keeps its full weights, as the file of --init fills them after the pass and the teacher is saved of them."""
+    monkeypatch.setattr(quant, "unavailable", lambda mode: "")                          # the reference of fp8.product runs
+    flags = "--init assets/tiny-stage1.safetensors --train control --control adaln+prope --init_partial --batch 1 --frames 8 --pool 2"
+    one.main(common.parse(one.Config, [*flags.split(), "--steps", "1", "--quant", "fp8", "--out", str(tmp_path)]))
+    weights, before = load_file(tmp_path / "teacher.safetensors"), load_file("assets/tiny-stage1.safetensors")
+    assert torch.equal(weights["blocks.3.ffn.0.weight"], before["blocks.3.ffn.0.weight"])
+    assert not any("scale" in key for key in weights)
 
 
 def test_exit_steps_of_dmd_and_of_the_forward_kl_never_coincide(stage2, monkeypatch):

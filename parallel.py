@@ -49,7 +49,8 @@ def checkpoint_blocks(model, keep_attention=True):
 def compile_blocks(model, **options):
     """Compile each transformer block in place; all share one compilation per shape, for any number of memory tokens.
     What stays eager is small."""
-    torch._dynamo.config.recompile_limit = 64           # window lengths x with and without gradient x adapters at work
+    limit = torch._dynamo.config.recompile_limit        # window lengths x with and without gradient x adapters at work
+    torch._dynamo.config.recompile_limit = max(64, limit)
     for block in getattr(model, model.block_list):
         block.compile(dynamic=False, **options)
     model.announce = announce

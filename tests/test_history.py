@@ -205,6 +205,16 @@ def test_cached_history_gives_the_rollout_of_the_whole_forward(kind, fields, att
 
 
 @torch.no_grad()
+def test_a_prompt_that_is_the_negative_text_still_has_two_branches(monkeypatch):
+    """The same tensors, once with control and once without."""
+    model, told = network("framepack", attention="self"), condition(28)
+    velocity = guided(velocity_of(model), 2.0, told.text)
+    cached = roll(model, frames_of(20), 28, velocity, told=told)
+    monkeypatch.setattr(models.compress.Past, "reusable", lambda self, settings: False)
+    torch.testing.assert_close(cached, roll(model, frames_of(20), 28, velocity, told=told), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
 def test_a_segment_that_lives_on_is_not_computed_again():
     model = network("packforcing", attention="segment", top=3, choose="recency")
     history = History(frames_of(48), 8, model)

@@ -45,7 +45,7 @@ class Signals:
     def restore(self):
         for number, handler in self.usual.items():
             signal.signal(number, handler)
-        self.usual = {}
+        self.usual, self.group = {}, None           # whose threads would outlive the interpreter, and may abort it
 
     def note(self, number, frame):
         self.noted.append(ASKS[number])

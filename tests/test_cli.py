@@ -136,7 +136,7 @@ def test_a_half_written_checkpoint_is_not_used(trained, tmp_path):
 def test_two_processes_average_their_gradients(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(
-        "import torch, common\n"
+        "import torch, common, faults\n"
         "common.setup()\n"
         "layer = torch.nn.Linear(3, 1, bias=False); layer.weight.data.zero_()\n"
         "opt = torch.optim.SGD(layer.parameters(), 1.0)\n"
@@ -148,7 +148,10 @@ def test_two_processes_average_their_gradients(tmp_path):
         "layer.weight.grad = torch.full((1, 3), float('nan') if common.rank() else 0.0)\n"
         "assert common.descend(opt, 1.0).isnan(), 'a NaN on one rank must be seen on both'\n"
         "assert torch.allclose(layer.weight, torch.full((1, 3), -1.5)) and layer.weight.grad is None\n"
-        "common.shutdown()\n")
+        "faults.SIGNALS.install(); faults.SIGNALS.restore(); common.shutdown()\n"
+        "import gc, os; gc.collect()\n"
+        "left = [open(f'/proc/self/task/{t}/comm').read() for t in os.listdir('/proc/self/task')]\n"
+        "assert not any('gloo' in name for name in left), 'a thread that outlives the interpreter may abort it'\n")
     run(*TORCHRUN, "--nproc_per_node", 2, script)
 
 

@@ -69,7 +69,7 @@ def expected(model, frames, grid, steps):
         if segment not in before:
             each = 1 if s.dense else cells(segment, grid)[0]
             new += [tokens([segment], grid) // each] * each
-    work = chunk_flops(model.spec, s.attention, steps, K, frames - start, *grid, sum(lengths), new)
+    work = chunk_flops(model.spec, s.attention, steps, K, frames - start, *grid, sum(lengths), new, heard=True)
     return sum(lengths) + (frames - start) * grid[0] * grid[1], work
 
 

@@ -828,27 +828,29 @@ def ltx_macs(p, D, T, F, N, S, G):
     return p.layers * block + ends, p.layers * N * S
 
 
-def flops(spec, frames, rows, columns, text=None, memory=0, cached=0, segments=()):
+def flops(spec, frames, rows, columns, text=None, memory=0, cached=0, segments=(), heard=False):
     """Operations of one forward on a token grid, by kind; a multiply-add is two. `text`: tokens, default text_len.
 
     `memory` tokens go through the blocks too; `cached` ones are attended to alone. With `segments`, the lengths of
-    memory's, it is a prefill in which each of them sees itself.
+    memory's, it is a prefill in which each of them sees itself. `heard`: behind `Backbone.heard`.
     """
     macs = {"wan": wan_macs, "hunyuan": hunyuan_macs, "ltx": ltx_macs}[spec.arch]
     F, S = frames * rows * columns, text or spec.text_len
     T, N, own = frames + (memory > 0), F + memory, S if spec.arch == "hunyuan" else 0   # own: words in self-attention
     linear, words = macs(spec, spec.dim, T, F, N, S, (F > 0) + (memory > 0))
+    if heard and spec.arch == "wan":                                                    # others have nothing to hear
+        linear, _ = macs(spec, spec.dim, T, F, N, 0, 0)
     pairs = sum(n * (n + own) for n in (*segments, F)) + own ** 2 if segments else (N + own) * (N + own + cached)
     return {"linear": 2 * linear, "self_attention": 4 * spec.dim * spec.layers * pairs,
             "text_attention": 4 * spec.dim * words}
 
 
-def chunk_flops(spec, mode, steps, chunk, clean, rows, columns, memory=0, new=None, text=None):
+def chunk_flops(spec, mode, steps, chunk, clean, rows, columns, memory=0, new=None, text=None, heard=False):
     """Operations of a chunk of `chunk` frames in `steps` steps behind `clean` frames and `memory` tokens, by kind.
 
-    Under attention `segment`, `new` has the lengths of those segments that are not cached yet.
+    Under attention `segment`, `new` has the lengths of those segments that are not cached yet; the rest as `flops`.
     """
-    each = lambda frames, **more: flops(spec, frames, rows, columns, text, **more)
+    each = lambda frames, **more: flops(spec, frames, rows, columns, text, heard=heard, **more)
     if mode == "joint":
         parts = steps * [each(clean + chunk, memory=memory)]
     else:

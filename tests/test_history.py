@@ -261,7 +261,7 @@ def test_a_chunk_costs_the_same_whatever_came_before(kind, fields):
 def test_the_operations_of_a_chunk_are_those_that_are_planned(kind, frames, attention):
     model = network(kind, attention=attention, **{"choose": "recency"} if kind == "packforcing" else {})
     history = horizon.filled(model, frames - 4, (24, 8, 12))
-    velocity, text = velocity_of(model), condition(1).text
+    velocity, text = rollouts.launched(model), condition(1).text
     told = lambda: Condition(text, condition(history.n + 4 - history.begin()).control)
     once = lambda: rollouts.chunks(velocity, told(), history, history.n + 4, SIGMAS, 4, torch.randn, rollouts.few_step, lambda n: {},
                                    history.begin())
@@ -278,6 +278,15 @@ def test_the_operations_of_a_chunk_are_those_that_are_planned(kind, frames, atte
     attention_only = counts.pop(torch.ops.aten.bmm)
     assert attention_only == pytest.approx(planned["self_attention"] + planned["text_attention"], rel=0.01)
     assert sum(counts.values()) - encoding == pytest.approx(planned["linear"], rel=0.08)    # a prefill has no head
+
+
+@pytest.mark.parametrize("compiled, skipped", [(False, 1), (True, 5)])
+def test_chunks_that_warm_up_or_compile_are_not_counted(compiled, skipped, monkeypatch):
+    model, taken = network("window"), iter([9000.0] * skipped + [3.0, 1.0, 2.0])
+    monkeypatch.setattr(horizon, "timed", lambda go, device: (next(taken), go()))
+    cfg = horizon.Config("tiny", steps=1, chunks=3, compile=compiled)
+    found = horizon.measure(model, horizon.filled(model, 48, (24, 8, 12)), condition(1).text, cfg)
+    assert found["ms"] == 2 and len(found["times"]) == skipped + 3 and next(taken, None) is None
 
 
 QUICK = [("window", "self"), ("framepack", "joint"), ("framepack", "self"), ("packforcing", "segment")]

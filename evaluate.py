@@ -117,7 +117,7 @@ def memory(sampler, coder, clips, seed):
         trips = returning(walk, clips, seed)
         truth = trips.video(coder.device).cpu()
         made = dream(sampler, coder, trips, truth, seed)
-        found = consistency(made, coder.decode(coder.encode(truth)), trips.states)
+        found = consistency(made, coder.decode(coder.encode(truth)), trips.states, coder.device)
         figures |= {f"{walk}: {name}": row for name, row in found.items()}
     return figures
 
@@ -125,19 +125,20 @@ def memory(sampler, coder, clips, seed):
 def diversity(sampler, coder, trips, truth, seeds, first):
     """[figure]: standard deviation over `seeds` dreams, from seed `first` on, of what the start does not show."""
     dreams = torch.stack([dream(sampler, coder, trips, truth, first + i) for i in range(seeds)])
-    return spread(dreams, trips.states[..., 2])
+    return spread(dreams, trips.states[..., 2], coder.device)
 
 
 # ---- The evaluation --------------------------------------------------------------------------------------------------
 
-def assess(sampler, coder, trips, truth, coded, probe, seed, piece, revisit, dreams):
-    """All figures of one sampler on `trips`, and its video."""
+def assess(sampler, coder, trips, truth, coded, real, probe, seed, piece, revisit, dreams):
+    """All figures of one sampler on `trips`, and its video. `real` is what the probe reads in the true one, `coded`."""
     video = dream(sampler, coder, trips, truth, seed, piece)
+    seen = probe.read(video), real
     ms = latency(sampler, coder, trips, truth)
-    figures = {**measure(video, coded, trips, probe), "ms a chunk": [ms] * 3, "ms a frame": [ms / CHUNK] * 3,
+    figures = {**measure(video, coded, trips, probe, seen), "ms a chunk": [ms] * 3, "ms a frame": [ms / CHUNK] * 3,
                "still": still(sampler, coder, max(2, len(video) // 4), seed)}
     if video.shape[1] - START > TEN:
-        figures |= {f"{name} {when}": row for when, rows in drift(video, coded, trips, probe).items()
+        figures |= {f"{name} {when}": row for when, rows in drift(video, coded, trips, probe, seen).items()
                     for name, row in rows.items() if name in plots.DRIFT}
     if revisit:
         figures |= memory(sampler, coder, revisit, seed)
@@ -154,14 +155,15 @@ def evaluate(samplers, clips, seed, device, piece=128, seconds=HORIZON // SECOND
     trips = held_out(clips, seed, seconds * SECOND)
     truth = trips.video(device).cpu()
     coded, results, videos = coder.decode(coder.encode(truth)), {}, {"truth": truth}
+    real = probe.read(coded)
     if references:
-        ceiling = measure(coded, coded, trips, probe)
+        ceiling = measure(coded, coded, trips, probe, (real, real))
         results["real video"] = {k: v for k, v in ceiling.items() if k.startswith((*CONTROL, "move: ", "turn: "))}
         copy = coded[:, [*range(START)] + [START - 1] * (truth.shape[1] - START)]
-        results["copy the last frame"] = measure(copy, coded, trips, probe)
+        results["copy the last frame"] = measure(copy, coded, trips, probe, (probe.read(copy), real))
     for sampler in samplers:
-        results[sampler.name], videos[sampler.name] = assess(sampler, coder, trips, truth, coded, probe, seed, piece,
-                                                             revisit, dreams)
+        results[sampler.name], videos[sampler.name] = assess(sampler, coder, trips, truth, coded, real, probe, seed,
+                                                             piece, revisit, dreams)
     return results, videos, trips
 
 

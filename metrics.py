@@ -152,10 +152,11 @@ def pose_error(read, trips, seconds=1):
 
 # ---- Everything about one rollout ------------------------------------------------------------------------------------
 
-def measure(video, truth, trips, probe):
-    """Figures of generated `video` against `truth`, both uint8 [N, START + T, H, W, 3]."""
+def measure(video, truth, trips, probe, seen=None):
+    """Figures of generated `video` against `truth`, both uint8 [N, START + T, H, W, 3]; `seen`: what the probe reads in
+    them, if that is known."""
     N, T, device = *video.shape[:2], probe.head.weight.device
-    (read, features), (_, real) = probe.read(video), probe.read(truth)
+    (read, features), (_, real) = seen or (probe.read(video), probe.read(truth))
     figures = obedience(read, trips) | pose_error(read, trips)
 
     near = slice(START - 1 + SECOND // 2, START - 1 + SECOND)                           # 0.5 to 1 s after the start
@@ -178,15 +179,17 @@ def measure(video, truth, trips, probe):
     return figures
 
 
-def drift(video, truth, trips, probe):
-    """{"a-b s": figures} of each ten seconds of `video` against the same ten of `truth`; Frechet over all of them."""
-    rows = {}
+def drift(video, truth, trips, probe, seen=None):
+    """{"a-b s": figures} of each ten seconds of `video` against the same ten of `truth`; Frechet over all of them.
+    `seen` as for `measure`."""
+    rows, seen = {}, seen or (probe.read(video), probe.read(truth))
     for a in range(0, video.shape[1] - START, TEN):
         part = slice(a, a + START + TEN)                                                # measure() skips START frames
         made, real = video[:, part], truth[:, part]
-        ours, theirs = (probe.read(x)[1][:, START - 1:] for x in (made, real))          # [N, TEN, 128]
+        pairs = [[x[:, a:a + START + TEN - 1] for x in both] for both in seen]          # of successive frames
+        ours, theirs = (features[:, START - 1:] for _, features in pairs)               # [N, TEN, 128]
         rows[f"{a // SECOND}-{(a + made.shape[1] - START) // SECOND} s"] = {
-            **measure(made, real, trips.frames(a, a + START + TEN), probe),
+            **measure(made, real, trips.frames(a, a + START + TEN), probe, pairs),
             "frechet": bootstrap(lambda i: frechet(ours[i].flatten(0, 1), theirs[i].flatten(0, 1)), len(made), 50)}
     return rows
 
@@ -209,7 +212,7 @@ def alike(states, degrees=30.0, cells=0.5):
     return (turned.abs() < degrees) & (apart[..., :2].norm(dim=-1) < cells)
 
 
-def consistency(video, truth, states):
+def consistency(video, truth, states, device="cpu"):
     """Where a walk returns to an earlier pose: PSNR and SSIM of the dream to its own earlier frame, and to the truth.
 
     "recognised": the share of these frames whose nearest view (mean squared error of pictures of 8x8 blocks), among
@@ -218,9 +221,10 @@ def consistency(video, truth, states):
     back = revisits(states)                                                             # [N, T]
     use, own = back >= 0, video[torch.arange(len(video))[:, None], back.clamp_min(0)]
     figures = {f"{name} to {whom}": row for name, look in (("psnr", psnr), ("ssim", ssim))
-               for whom, other in (("itself", own), ("truth", truth)) for row in where(look(video, other), use)}
+               for whom, other in (("itself", own), ("truth", truth))
+               for row in where(each(look, device, video, other), use)}
     small = lambda v: F.avg_pool3d(v.float().permute(0, 4, 1, 2, 3), (1, 8, 8)).transpose(1, 2).flatten(2)
-    view = torch.cdist(small(video), small(truth)).argmin(2, keepdim=True)              # [N, T, 1]
+    view = torch.cdist(*(each(small, device, v) for v in (video, truth))).argmin(2, keepdim=True)       # [N, T, 1]
     close = alike(states)
     seen = close.gather(2, view)[..., 0].double()
     return figures | {name: row for name, x in (("recognised", seen), ("recognised by chance", close.double().mean(2)))
@@ -234,11 +238,11 @@ def unseen(yaw, width):
     return (((turned + 180) % 360 - 180).abs() > FIELD / 2).all(2)
 
 
-def spread(dreams, yaw):
+def spread(dreams, yaw, device="cpu"):
     """Diversity: standard deviation over dreams [S, N, T, H, W, 3] of one start, where that shows nothing of the view;
     with an interval, as `where`: [] when it shows all there is."""
     hidden = unseen(yaw, dreams.shape[4])                                               # [N, T, W]
-    deviation = dreams.float().std(0).mean((2, 4)) * hidden
+    deviation = each(lambda *v: torch.stack(v).float().std(0).mean((2, 4)), device, *dreams) * hidden
     return [ratio(deviation.sum((1, 2)), hidden.sum((1, 2)))] if hidden.any() else []
 
 

@@ -161,6 +161,10 @@ def test_each_ten_seconds_is_measured_by_itself(monkeypatch):
     assert early["both all"][0] > 75 and late["both all"][0] > 40                       # labels of the same seconds
     assert late["saturation"][0] == pytest.approx(0.5, abs=0.02)
     assert early["frechet"][0] < 1e-6 < 0.01 < late["frechet"][0]
+    cut = m.measure(video[:, 16:], truth[:, 16:], trips.frames(16, S + 32), probe)      # read again, not cut
+    assert {name: late[name] for name in cut if name != "frechet"} == {k: v for k, v in cut.items() if k != "frechet"}
+    seen = probe.read(truth), probe.read(truth)                                         # what is told is believed
+    assert m.drift(video, truth, trips, probe, seen)["2-4 s"]["frechet"][0] < 1e-6
 
 
 def test_revisits_are_earlier_frames_of_the_same_pose():

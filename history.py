@@ -192,7 +192,7 @@ class History:
         if m <= s.top or s.choose == "recency":
             return set(range(max(0, m - s.top), m))
         if s.choose == "affinity":
-            scores = self.affinity()
+            scores = self.model.within(self.affinity)
         else:
             if control is None or control.c2w is None or offset:
                 raise ValueError("to choose blocks by fov, the cameras of all frames have to be told")
@@ -210,11 +210,12 @@ def behind_cache(model, x, sigma, condition, who):
     """Velocity of the chunk at the end of x behind history that does not see it, zeros for the frames before: keys and
     values are made once, for `who` asks, and for each text with control or without: for each branch of guidance."""
     text, control, past = condition.text, condition.control, condition.past
-    (memory, frames), branch = model.compress(model, past, x.shape[2]), (who, control is None, identity(text))
+    memory, frames = model.within(model.compress, model, past, x.shape[2])
+    branch = who, control is None, identity(text)
     n = memory.clean
     if branch not in past.kept:
         own, (before, _) = control.frames(0, n) if control and n else None, past.before.get(branch, (None, None))
-        cache = model.prefill(x[:, :, :n], text, own, memory, frames[:n], before)
+        cache = model.within(model.prefill, x[:, :, :n], text, own, memory, frames[:n], before)
         past.kept[branch] = cache, text                 # which keeps the text alive, and its memory its own
     v = model(x[:, :, n:], sigma[:, n:], text, control, past.kept[branch][0], frames)
     return torch.cat([torch.zeros_like(x[:, :, :n]), v.to(x.dtype)], 2)

@@ -197,6 +197,10 @@ class Backbone(nn.Module):
         """
         return prefill(self, x, text, control, memory, frames, past)
 
+    def within(self, function, *args):
+        """`function(*args)`, which uses weights outside of a forward pass: sharded ones are gathered for it."""
+        return function(*args)
+
     def embed(self, x, start=0):
         """Tokens [B, T, L, D] of clean frames, as they enter the first block; `start` is the number of the first."""
         return self.patchify(self.inputs(x, x.new_zeros(x.shape[:3:2]), {}, start == 0))

@@ -26,7 +26,7 @@ def networks(cfg, layout, device):
             model = place(build_on(device, dtype, cfg.backbone, control=PRESETS[cfg.backbone].control))
         else:
             model = load(cfg.backbone, cfg.teacher, device, dtype, prepare=place)
-        return configure(model, cfg.history, cfg.attention, cfg.recent, cfg.choose)
+        return layout.place_history(configure(model, cfg.history, cfg.attention, cfg.recent, cfg.choose))
 
     teacher = network(torch.bfloat16 if device.type == "cuda" else torch.float32,
                       cfg.quant if cfg.tune == "lora" else "none").requires_grad_(False).eval()

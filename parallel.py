@@ -68,6 +68,18 @@ def announce(groups, layers):
 
 # ---- Layout ----------------------------------------------------------------------------------------------------------
 
+def within(model, function, *args):
+    """`Backbone.within` of sharded weights: those of the first block and of the compressor are gathered too."""
+    parts = [getattr(model, model.block_list)[0], *[model.compress] * hasattr(model.compress, "unshard")]
+    for part in parts:
+        part.unshard()
+    try:
+        return function(*args)
+    finally:
+        for part in parts:
+            part.reshard()
+
+
 class Layout:
     """How the W processes of a run share its weights and clips. ValueError when W cannot be divided so.
 
@@ -106,13 +118,27 @@ class Layout:
         if self.group:
             Ulysses(self.group, model.spec).enter(model)
         if self.mesh:
-            from torch.distributed.fsdp import fully_shard      # here: it takes longer than all else that is imported
+            from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method    # here: it takes long
             for block in getattr(model, model.block_list):
                 fully_shard(block, mesh=self.mesh)
             # What is outside of the blocks stays gathered for a backward pass that does not begin at the output (the
             # GAN's, at a middle block), hence must be gathered anew for each forward pass: it may have been trained.
-            fully_shard(model, mesh=self.mesh, reshard_after_forward=False)
-            model.register_forward_pre_hook(lambda model, inputs: model.reshard(), prepend=True)
+            own = set() if model.compress is None else {*model.compress.parameters()}
+            self.keep(model, ignored_params=own)
+            model.within = MethodType(within, model)
+            register_fsdp_forward_method(model, "within")
+        return model
+
+    def keep(self, module, **options):
+        """Spread a module that stays gathered until its next forward pass."""
+        from torch.distributed.fsdp import fully_shard
+        fully_shard(module, mesh=self.mesh, reshard_after_forward=False, **options)
+        module.register_forward_pre_hook(lambda module, inputs: module.reshard(), prepend=True)
+
+    def place_history(self, model):
+        """Spread a placed model's compressor: one that it has or is given (`history.configure`) once loaded."""
+        if self.mesh and model.compress is not None:
+            self.keep(model.compress)
         return model
 
 

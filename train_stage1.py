@@ -167,7 +167,7 @@ def initial_model(cfg, coder, layout, device):
         model = load(cfg.backbone, cfg.init, device, torch.float32, cfg.control or None, cfg.init_partial, prepare)
     else:
         model = prepare(build(cfg.backbone, None).to(device))
-    return configure(model, cfg.history, cfg.attention, cfg.recent, cfg.choose)
+    return layout.place_history(configure(model, cfg.history, cfg.attention, cfg.recent, cfg.choose))
 
 
 def save_teacher(model, ema, cfg, run, step):

@@ -31,13 +31,16 @@ sys.path.insert(0, str(ROOT))
 
 import bench
 import block
+import compress
 import data
+import history
 import model
+import rollout
 import train_stage1
 import train_stage2
 from clock import traffic
 from common import EMA, barrier, derive, descend, mean_over_ranks, on_host, parse, rank, setup
-from control import Control
+from control import Condition, Control
 from dmd import Discriminator, Head
 from inject import attach
 from lora import Adapters
@@ -317,6 +320,42 @@ def loading_takes_the_memory_of_ones_own_rows(folder):
     size = sum(4 * p.numel() for p in net.parameters())
     assert size > 90e6 and grown < size / 2 + 15e6, (grown, size)
     assert not whole(net.control.translation).any() and not net.control.translation.is_meta
+
+
+@check
+def a_compressor_in_shards_learns_like_a_copy():
+    """Two updates behind 48 frames, of a chunk with gradient and one without; blocks chosen by affinity, caches kept."""
+    def trained(shard, kind, attention, before):
+        spread, net = layout(shard), network("tiny")
+        if before:                                                          # weights that have one; it is set anew
+            compress.attach(net, compress.Settings.of(net.spec, kind))
+        spread.place(net)
+        spread.place_history(history.configure(net, "" if before else kind, attention))
+        net.compress.settings = replace(net.compress.settings, top=2)
+        optimizer, ema = torch.optim.AdamW(net.parameters(), 1e-2), EMA(net, 0.5)
+        g, seen = torch.Generator().manual_seed(rank()), []
+        noise = lambda shape: torch.randn(shape, generator=g)
+        latents = noise((1, net.spec.channels, 48, 4, 6))
+        for _ in range(2):
+            past = history.History(latents[:, :, :0], 8, net)
+            past.append(latents)
+            told = Condition({"text": torch.ones(1, 3, 64)}, Control(torch.zeros(1, 56 - past.begin()).long()))
+            made, _ = rollout.chunks(velocity_of(net), told, past, 56, [1.0, 0.5, 0.0], 4, noise, rollout.few_step,
+                                     lambda n: {"grad_step": 1}, past.begin())
+            made.square().mean().backward()
+            seen += [made.detach(), descend(optimizer, 1.0)]
+            ema.update(net)
+        return seen, {key: on_host(value) for key, value in ema.average.items()}
+
+    for kind, attention, before in (("framepack", "joint", False), ("framepack", "self", True),
+                                    ("packforcing", "joint", True), ("packforcing", "segment", False)):
+        (a, copies), (b, shards) = (trained(shard, kind, attention, before) for shard in ("ddp", "fsdp"))
+        for x, y in zip(a, b):
+            assert (x - y).abs().max() < 1e-5, (kind, attention)
+        assert any(key.startswith("compress.") for key in copies)
+        for key in copies:
+            if rank() == 0:
+                assert (copies[key] - shards[key]).abs().max() < 1e-4, (kind, attention, key)
 
 
 @check

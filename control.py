@@ -11,6 +11,7 @@ An action is a label `9 * translation + rotation`, one per latent frame, in the 
 import math
 import re
 import sys
+from argparse import ArgumentParser
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
@@ -105,13 +106,15 @@ def parse_segment(segment):
     if len(count) > 6 or int(count) < 1:
         raise ValueError(match.start(2), "a count is at least 1 and has at most 6 digits")
     if name.isdigit():
-        if len(name) > 2 or int(name) >= ACTIONS:
+        if name != str(int(name[:3])) or int(name) >= ACTIONS:
             raise ValueError(0, f"label {name[:20]} is outside 0..{ACTIONS - 1}")
         return int(name), int(count)
     keys, offset = name.split("+"), 0
-    for key in keys:
+    for i, key in enumerate(keys):
         if key not in KEYS:
             raise ValueError(offset, f"unknown key '{key[:20]}'; the keys are {', '.join(KEYS)} or a label 0..80")
+        if key in keys[:i]:
+            raise ValueError(offset, f"'{key}' is pressed already")
         offset += len(key) + 1
     try:
         return label_from_keys({*keys}), int(count)
@@ -280,18 +283,23 @@ class Condition:
         return replace(self, text=text, control=None)
 
 
-def main(argument):
-    if not argument.endswith((".npy", ".txt", ".json")):
-        return print(*parse_actions(argument).tolist())
-    c2w, picture = read_cameras(argument).c2w, Path(argument).with_suffix(".png")
-    labels = labels_from_poses(c2w, smooth=True)
+def main(given, step=None, smooth=False):
+    if not given.endswith((".npy", ".txt", ".json")):
+        return print(*parse_actions(given).tolist())
+    c2w, picture = read_cameras(given, size=(1, 1)).c2w, Path(given).with_suffix(".png")      # labels need no K
+    labels = labels_from_poses(c2w, step, smooth)
     draw(c2w, [format_actions([0, label]).rpartition("-")[0] for label in labels.tolist()], picture)
     print(*labels.tolist())
     print(f"{format_actions(labels)}\nwrote {picture}")
 
 
 if __name__ == "__main__":
+    parser = ArgumentParser(description="The labels of an action string, or of a file of cameras, and its picture.")
+    parser.add_argument("given", nargs="+", help="such as w-8, w+right-12, or a .npy, .txt or .json of cameras")
+    parser.add_argument("--step", type=float, help="of the walker, in the file's unit; default: by the clip's median")
+    parser.add_argument("--smooth", action="store_true", help="for estimated poses: no motion of a single frame")
+    args = parser.parse_args()
     try:
-        main(" ".join(sys.argv[1:]))
+        main(" ".join(args.given), args.step, args.smooth)
     except (ValueError, OSError) as error:
         sys.exit(f"control.py: {error}")

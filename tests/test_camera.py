@@ -226,3 +226,19 @@ def test_the_command_prints_labels_and_draws_the_way(tmp_path, capsys, monkeypat
     out = capsys.readouterr().out.splitlines()
     assert out[0].split() == ["0"] + ["9"] * 8 + ["12"] * 12 + ["27"] * 5 and out[1] == "w-8, w+right-12, d-5"
     assert (tmp_path / "poses.png").read_bytes()[:4] == b"\x89PNG" and (tmp_path / "poses.png").stat().st_size > 10_000
+
+
+def test_the_command_loses_no_short_motion_and_needs_no_intrinsics(tmp_path, capsys):
+    labels = control.parse_actions("w-2, d-1, w-2, right-1, s-3")
+    jitter = 1e-3 * torch.tensor([1.0, -1.0] * 5)[:, None] * torch.tensor([0.0, 0.0, 1.0])
+    for name, poses in (("exact", poses_from_labels(labels, 0.2, 5.0)), ("jitter", torch.eye(4).repeat(10, 1, 1))):
+        poses[:, :3, 3] += jitter * (name == "jitter")
+        np.save(tmp_path / f"{name}.npy", poses.numpy())
+    np.save(tmp_path / "intrinsics.npy", np.array([[500.0, 0, 320], [0, 500, 240], [0, 0, 1]]))       # in pixels
+    told = {"exact": {}, "jitter": {"step": 0.2}}
+    for name in told:
+        control.main(str(tmp_path / f"{name}.npy"), **told[name])
+    exact, _, still = capsys.readouterr().out.splitlines()[1:4]
+    assert exact == "w-2, d-1, w-2, right-1, s-3" and still.split() == ["0"] * 10
+    control.main(str(tmp_path / "exact.npy"), smooth=True)
+    assert capsys.readouterr().out.splitlines()[1] == "w-5, still-1, s-3"

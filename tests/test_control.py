@@ -34,7 +34,7 @@ def test_grammar():
 
 @pytest.mark.parametrize("text, column, words", [
     ("w-8, rihgt-3", 6, "unknown key 'rihgt'"), ("w-8, w+up+x-3", 11, "unknown key 'x'"), ("w-0", 3, "at least 1"),
-    ("w-8,, s-2", 5, "not keys-count"), ("81-2", 1, "outside 0..80"), ("w+s-3", 1, "contradict"), ("", 1, "not keys-count"),
+    ("w-8,, s-2", 5, "not keys-count"), ("81-2", 1, "outside 0..80"), ("08-3", 1, "outside 0..80"), ("w+d+w-3", 5, "pressed already"), ("w+s-3", 1, "contradict"), ("", 1, "not keys-count"),
     ("w-8 s-2", 1, "not keys-count"), ("w8", 1, "not keys-count"), ("still+w-3", 1, "cannot be combined"), ("w--3", 1, "not keys-count"), ("w-\u0663", 1, "not keys-count"),
     ("w-5, d-1000000", 8, "at most 6 digits"), ("w-60000, d-60000", 10, "there are 120001 frames"), ("W-3", 1, "not keys-count"),
     ("w-3, " + 5000 * "1" + "-2", 6, "outside 0..80"), ("a+up+d-3", 1, "'a' and 'd' contradict")])

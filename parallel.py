@@ -137,6 +137,8 @@ class Layout:
 
     def place_history(self, model):
         """Spread a placed model's compressor: one that it has or is given (`history.configure`) once loaded."""
+        if self.group and model.compress is not None:
+            raise ValueError("--sequence spreads the frames of a clip, not history: take weights that have none")
         if self.mesh and model.compress is not None:
             self.keep(model.compress)
         return model
@@ -200,7 +202,7 @@ class Ulysses:
         """This rank's part of the frames: tokens [B, T, L, D] -> [B, T, l, D], angles [..., T * L, d] alike.
         Text in self-attention stays whole on every rank."""
         if [g.role for g in groups if g.rope] != ["frames"]:
-            raise ValueError("--sequence spreads the frames of a clip, not history: leave out --history")
+            raise ValueError("sequence parallelism spreads the frames of a clip, not memory")
         T, self.L = groups[0].x.shape[1:3]
         self.l = -(-self.L // self.N)
         rope = tuple(self.own(y.unflatten(-2, (T, self.L))).flatten(-3, -2) for y in groups[0].rope)

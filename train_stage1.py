@@ -96,8 +96,8 @@ class Config:
                  "the --drop shares are at most 1 together, --ema is below 1, --warmup is not negative"),
                 (self.cuda_graphs and (self.history or self.sequence > 1 or not graphs),
                  "--cuda_graphs needs --compile, a GPU and a network that fits one; no HunyuanVideo, no --history"),
-                (self.past < 0 or self.past and not self.history,
-                 f"--past must not be negative and is for --history, got {self.past}"),
+                (self.past < 0 or bool(self.past) != bool(self.history),
+                 f"--history is learned behind --past frames, such as 400; got '{self.history}' and {self.past}"),
                 (self.frames < 2 * spec.chunk, f"--frames must hold two chunks of {spec.chunk}, got {self.frames}")):
             if wrong:
                 raise ValueError(message)

@@ -462,6 +462,9 @@ def what_cannot_be_divided_is_refused():
             layout(**fields)
     with pytest.raises(ValueError, match="--sequence 2 does not divide the 3 heads of wan2.2-5b"):
         layout(sequence=2).place(network(dim=48, heads=3))
+    with pytest.raises(ValueError, match="--sequence spreads the frames of a clip, not history"):
+        net = network()
+        layout(sequence=2).place_history(compress.attach(net, compress.Settings.of(net.spec, "framepack")))
     layout()
 
 

@@ -449,6 +449,7 @@ def test_teacher_and_critic_are_given_the_past_that_the_student_had(tiny, monkey
 
 def test_flags_that_contradict_each_other_are_named(capsys):
     for script, flags, words in ((one, ["--past", "8"], "--past"), (one, ["--past", "-1", "--history", "window"], "--past"),
+                                 (one, ["--history", "framepack"], "behind --past frames"),
                                  (two, ["--tune", "lora", "--history", "framepack"], "--tune lora trains no compressor")):
         with pytest.raises(SystemExit):
             common.parse(script.Config, flags)

@@ -214,7 +214,7 @@ def behind_cache(model, x, sigma, condition, who):
     branch = who, control is None, identity(text)
     n = memory.clean
     if branch not in past.kept:
-        own, (before, _) = control.frames(0, n) if control and n else None, past.before.get(branch, (None, None))
+        own, (before, _) = control.frames(0, n) if control and n else None, past.before.pop(branch, (None, None))
         cache = model.within(model.prefill, x[:, :, :n], text, own, memory, frames[:n], before)
         past.kept[branch] = cache, text                 # which keeps the text alive, and its memory its own
     v = model(x[:, :, n:], sigma[:, n:], text, control, past.kept[branch][0], frames)
@@ -286,5 +286,6 @@ def budget(model, start, labels):
     if s.kind == "packforcing":
         text += f", and on the host {max(0, frames - kept) * frame / 2 ** 21:.1f} MiB of blocks"
     if s.attention != "joint":
-        text += f"; their keys and values take {4 * spec.dim * spec.layers * most / 2 ** 30:.2f} GiB in bf16"
+        twice = 1 + (s.attention == "segment")              # old ones are there while the new are put together
+        text += f"; their keys and values take {twice * 4 * spec.dim * spec.layers * most / 2 ** 30:.2f} GiB in bf16"
     return text

@@ -822,8 +822,8 @@ def wan_macs(p, D, T, F, N, S, G):
 def hunyuan_macs(p, D, T, F, N, S, G):
     block = (N + S) * (4 * D ** 2 + 2 * D * p.ffn) + (T + 1) * 6 * D ** 2
     ends = F * (3 * p.channels + 1) * math.prod(p.patch) * D + T * 2 * D ** 2 + (T + 2) * (p.freq_dim * D + D ** 2)
-    refiner = 2 * (S * 12 * D ** 2 + 2 * D ** 2) + (S + 1) * p.text_dim * D + D ** 2    # two blocks
-    return p.layers * block + ends + refiner, 2 * S ** 2
+    refiner = p.refiner * (S * 12 * D ** 2 + 2 * D ** 2) + (S + 1) * p.text_dim * D + D ** 2
+    return p.layers * block + ends + refiner, p.refiner * S ** 2
 
 
 def ltx_macs(p, D, T, F, N, S, G):

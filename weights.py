@@ -55,7 +55,7 @@ def weight_files(source, spec):
     if len(index) == 1:
         try:
             files = sorted({folder / name for name in json.loads(index[0].read_text())["weight_map"].values()})
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise OSError(f"{index[0]} is not an index of safetensors files; fetch it again") from None
     elif len(files) != 1:
         raise OSError(f"{folder} has {len(files)} safetensors files and {len(index)} indices, not {spec.file} of "
@@ -82,9 +82,9 @@ def component(source, *parts):
 def headers(files, spec, official):
     """{our name: (file, key in it, shape)} from the headers alone; `official` gives our name of a key, None if unused.
 
-    Refuses files of another preset.
+    Refuses files of another preset, and a tensor that is there twice.
     """
-    stored = {}
+    stored, base = {}, {}
     for file in files:
         try:
             with safe_open(file, "numpy") as reader:        # unlike "pt" it needs no address space of the file's size
@@ -93,14 +93,18 @@ def headers(files, spec, official):
                     raise ValueError(f"{file} was made for the backbone {made_for}, not {spec.name}; "
                                      f"give --backbone {made_for}")
                 if "base" in notes:                         # this file holds what was trained, the rest is there
-                    stored |= headers(weight_files(notes["base"], spec), spec, official)
-                stored |= {official(key): (file, key, reader.get_slice(key).get_shape()) for key in reader.keys()}
+                    base |= headers(weight_files(notes["base"], spec), spec, official)
+                for key in reader.keys():
+                    if (name := official(key)) in stored and name is not None:
+                        raise ValueError(f"'{name}' is there twice, in {stored[name][0]} and as '{key}' in {file}; "
+                                         "leave one of them in the folder")
+                    stored[name] = file, key, reader.get_slice(key).get_shape()
         except FileNotFoundError:
             raise OSError(f"checkpoint {file} does not exist, though its index names it; fetch it again") from None
         except SafetensorError as error:
             raise OSError(f"{file} is not a complete safetensors file ({error}); fetch it again, or convert it if it "
                           "is of another format") from None
-    return {name: where for name, where in stored.items() if name is not None}
+    return {name: where for name, where in (base | stored).items() if name is not None}
 
 
 def note(files, name):

@@ -16,7 +16,7 @@ OFFICIAL = [name for name, spec in PRESETS.items() if "/" in spec.source]
 
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_operations_agree_with_a_counter(name):
-    net = build(name, control=None, **bench.TINY)
+    net = build(name, control=None, **bench.TINY, refiner=3)
     x, sigma, text = bench.example(net.spec, torch.device("cpu"))
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         net(x, sigma, {"text": text})

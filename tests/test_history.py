@@ -1,6 +1,7 @@
 """The past of a rollout: what is kept of it, what a chunk is shown, and that neither grows; training behind pasts."""
 
 import random
+import re
 from dataclasses import replace
 
 import pytest
@@ -369,7 +370,12 @@ def test_a_budget_is_told_before_it_is_spent():
     assert "of 4800 frames (115,200 tokens) a chunk sees at most 90 tokens; " in line and "latent frames are kept" in line
     assert "on the host 21.1 MiB" in budget(network("packforcing"), 4, 4797)
     assert "the latest 8 of 99 frames" in budget(network(), 4, 96)
-    assert "GiB in bf16" in budget(network("window", attention="self"), 4, 96)
+    with torch.device("meta"):
+        large = build("wan2.1-1.3b")
+        lines = [budget(attach(large, Settings.of(large.spec, "window", attention=mode)), 4, 96)
+                 for mode in ("self", "segment")]
+    one, two = (float(re.search(r"([0-9.]+) GiB in bf16", line)[1]) for line in lines)
+    assert two == pytest.approx(2 * one, abs=0.01) and one > 4                          # of old and new segments
 
 
 # ---- Training --------------------------------------------------------------------------------------------------------

@@ -23,11 +23,13 @@ from rollout import WorldModel
 
 KINDS = ["adaln", "text", "plucker", "prope", "adaln+prope", "adaln+text+plucker+prope"]
 SILENT = [kind for kind in KINDS if "text" not in kind]                                 # a sentence is heard untrained
-# preset, its small fields, and text of a batch of 2; one row for each architecture and stride
+# preset, its small fields, and text of a batch of 2
 BACKBONES = {
     "tiny": (dict(dim=48, heads=4, ffn=64, layers=2), lambda: {"text": torch.randn(2, 5, 64)}),
     "wan2.1-1.3b": (dict(dim=64, heads=4, ffn=96, layers=2, text_dim=24, text_len=9, freq_dim=32, channels=4),
                     lambda: {"text": torch.randn(2, 7, 24)}),
+    "wan2.2-5b": (dict(dim=64, heads=4, ffn=96, layers=2, text_dim=24, text_len=9, freq_dim=32, channels=4),
+                  lambda: {"text": torch.randn(2, 7, 24)}),
     "hunyuan1.5-8b": (dict(dim=32, heads=2, ffn=64, layers=2, channels=4, text_dim=24, glyph_dim=10, vision_dim=20, refiner=1,
                            rope_dims=(4, 6, 6)), lambda: {"text": torch.randn(2, 7, 24), "text_mask": torch.arange(7) < torch.tensor([[7], [4]])}),
     "ltx2.3-22b": (dict(dim=64, heads=4, ffn=96, layers=2, channels=4, text_dim=64), lambda: {"text": torch.randn(2, 7, 64)})}

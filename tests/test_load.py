@@ -182,9 +182,18 @@ def test_folders_without_one_checkpoint_are_refused_by_name(tmp_path):
     for file in ("a", "b"):
         save_file({"x": torch.zeros(1)}, tmp_path / f"{file}.safetensors")
     refuse(tmp_path, tmp_path, "2 safetensors files", "give the file itself")
-    for text in ("{", "{}"):
+    for text in ("{", "{}", "[]", "null", '{"weight_map": []}', '{"weight_map": {"a": 3}}'):
         (tmp_path / "x.safetensors.index.json").write_text(text)
         refuse(tmp_path, "x.safetensors.index.json", "is not an index")
+
+
+def test_a_tensor_that_is_there_twice_is_refused(tmp_path):
+    tensors = {"a": torch.zeros(1), "b": torch.zeros(1)}
+    save_file(tensors | {"model.diffusion_model.b": torch.ones(1)}, tmp_path / "x.safetensors")
+    refuse(tmp_path / "x.safetensors", "'b' is there twice", "as 'model.diffusion_model.b'")
+    shard(tensors, tmp_path / "two")
+    save_file(tensors, tmp_path / "two" / "1-of-2.safetensors")
+    refuse(tmp_path / "two", "'a' is there twice", "0-of-2.safetensors", "1-of-2.safetensors")
 
 
 def test_a_checkpoint_of_another_backbone_is_refused(tmp_path):

@@ -19,6 +19,7 @@ from scales import part, tokens
 
 MARGIN, SWAPS = 0.1, 4              # by which share of the scores' spread a new block must win; exchanges a chunk
 DEPTHS = (0.5, 1.0, 2.0, 4.0)       # where fields of view are compared, in units of the cameras
+MOST = 32                           # blocks whose keys are made at once
 
 
 # ---- Which blocks of a long past are shown ---------------------------------------------------------------------------
@@ -177,9 +178,9 @@ class History:
 
     def affinity(self):
         """[m] what the latest frames have in common with each block, whose key is made when it is first asked for."""
-        s, fresh = self.settings, self.blocks[len(self.keys):]
+        s = self.settings
         with autocast(self.latents.device):
-            if fresh:
+            while fresh := self.blocks[len(self.keys):][:MOST]:                         # few, unless the past was given
                 x = torch.stack(fresh, 1).to(self.latents)                              # [B, new, C, K, H, W]
                 keys = content(self.model, self.model.compress.embed(self.model, s.mid, x.flatten(0, 1), False))[1]
                 self.keys += keys.unflatten(0, x.shape[:2]).unbind(1)                   # [B, D] each

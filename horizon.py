@@ -36,6 +36,7 @@ class Config:
     width: int = 0              # the same
     steps: int = 4              # denoising steps a chunk
     chunks: int = 4             # measured, after those that compile or warm up
+    choose: str = "recency"     # how packforcing chooses blocks: recency, affinity
     recent: int = 0             # latent frames that history leaves as they are; 0: the kind's own
     most: float = 20000.0       # TFLOP: a dearer chunk is not run
     compile: bool = False       # torch.compile the transformer blocks
@@ -45,6 +46,8 @@ class Config:
         require_positive(self, "steps", "chunks", "most")
         if self.backbone not in PRESETS:
             raise ValueError(f"unknown backbone '{self.backbone}'; choose {', '.join(PRESETS)}")
+        if self.choose not in ("recency", "affinity"):
+            raise ValueError(f"--choose is recency or affinity here, where nothing has cameras; got '{self.choose}'")
 
 
 def filled(model, frames, shape):
@@ -97,7 +100,7 @@ def row(model, kind, attention, minutes, cfg, shape, text):
     """One line of the table."""
     spec, K = model.spec, model.spec.chunk
     attach(model, Settings.of(spec, kind, cfg.recent if kind != "none" else 0, attention=attention, **(
-        {"choose": "recency"} if kind == "packforcing" else {})))
+        {"choose": cfg.choose} if kind == "packforcing" else {})))
     frames = round(minutes * 60 * spec.fps / spec.stride[0]) // K * K
     seen, work = expected(model, frames, (shape[1] // spec.patch[1], shape[2] // spec.patch[2]), cfg.steps)
     work = sum(work.values()) / 1e12

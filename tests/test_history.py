@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import common
+import history as history_of
 import horizon
 import model as models
 import rollout as rollouts
@@ -133,6 +134,18 @@ def test_affinity_is_the_sum_over_all_pairs_of_queries_and_keys(name, fields):
     if name != "hunyuan1.5-8b":                         # whose blocks are also told which frame is the video's first
         torch.testing.assert_close((q * k).sum(1), pairs, rtol=1e-4, atol=1e-5)
     assert q.shape == k.shape == (2, 48)
+
+
+@torch.no_grad()
+def test_a_long_past_is_scored_in_pieces(monkeypatch):
+    model, scores = network("packforcing", top=2), []
+    for most in (100, 2):
+        monkeypatch.setattr(history_of, "MOST", most)
+        history = History(frames_of(0), 8, model)
+        history.append(frames_of(60))
+        scores.append(history.affinity())
+    assert len(scores[0]) > 9
+    torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-5)
 
 
 def test_fields_of_view_overlap_as_far_as_cameras_look_the_same_way():

@@ -183,7 +183,7 @@ def test_memory_by_itself_knows_neither_noise_nor_action_nor_camera(name):
 # ---- Positions -------------------------------------------------------------------------------------------------------
 
 @each
-@pytest.mark.parametrize("delta", [0.25, 7, 900])
+@pytest.mark.parametrize("delta", [0.25, 7, 900, 2400])
 def test_positions_add_up(name, delta):
     """Turned to p and then on by delta is turned to p + delta; a move in time leaves the channels of space alone."""
     model = network(name)
@@ -203,6 +203,25 @@ def test_positions_add_up(name, delta):
     still = torch.cat([still, still], -1) if name[:3] == "ltx" else still.repeat_interleave(2, -1)
     still = still.expand_as(moved[0])
     assert still.any() and torch.equal(moved[0][still], turned[0][still])
+
+
+@each
+def test_keys_turned_when_they_are_read_do_not_wear_out(name):
+    """120 moves of the past by a block: cached keys, bf16 and without positions, are turned once; turned on in place
+    they would be rounded 120 times. Relative errors."""
+    model = network(name)
+    block, heads, d = getattr(model, model.block_list)[0], model.spec.heads, model.spec.dim // model.spec.heads
+    places = torch.stack([130 * torch.rand(400), torch.arange(400) % 7, torch.arange(400) % 5], 1).double()
+    at = lambda p: torch.complex(*(y.double() for y in model.rope(p, True)))
+    exact, move = torch.randn(1, heads, 400, d), torch.tensor([[-4.0, 0, 0]]).double()
+    step = at(places[:1] + move) * at(places[:1]).conj()
+    step = step / step.abs()
+    worn, off = block.turn(exact, model.rope(places, True)).bfloat16(), lambda x, y: float((x - y).norm() / y.norm())
+    for _ in range(120):
+        worn = block.turn(worn.float(), (step.real.float(), step.imag.float())).bfloat16()
+    now = model.rope(places + 120 * move, True)
+    read, wanted = block.turn(exact.bfloat16().float(), now), block.turn(exact, now)
+    assert off(read, wanted) < 0.002 < 5 * off(read, wanted) < off(worn.float(), wanted)
 
 
 @each

@@ -20,7 +20,7 @@ from torch import nn
 
 from common import alarm
 from control import Condition
-from flow import add_noise, draw_sigma, euler, guide, masked_mean, schedule, velocity, velocity_to_x0
+from flow import add_noise, draw_sigma, euler, guide, masked_mean, per_sample, schedule, velocity, velocity_to_x0
 from qat import imitation
 
 
@@ -32,11 +32,6 @@ def on_frames(sigma, mask):
 
 def everywhere(x, mask):
     return torch.ones(x.shape[0], x.shape[2], dtype=torch.bool, device=x.device) if mask is None else mask
-
-
-def per_sample(x, mask):
-    """Mean of x [B, C, T, H, W] over each sample's own frames of `mask`: [B]."""
-    return torch.stack([masked_mean(one[None], m[None]) for one, m in zip(x, mask)])
 
 
 # ---- Distribution matching -------------------------------------------------------------------------------------------
@@ -55,8 +50,8 @@ def dmd_gradient(teacher, critic, x0, cond, null, sigma, guidance, mask, noise):
 def dmd_loss(teacher, critic, x0, cond, null, sigma, guidance, mask=None):
     """Distribution matching (DMD, Eq. 7 and 8) as a loss on generated x0 [B, C, T, H, W].
 
-    The gradient of the loss with respect to x0 is `dmd_gradient` divided by the number of elements inside `mask`
-    (tests/test_dmd.py holds us to it); none flows into teacher or critic. sigma is [B] or [B, T]; `guidance` is
+    The gradient of the loss with respect to x0 is `dmd_gradient` divided by the number of elements inside a sample's
+    `mask` and by B (tests/test_dmd.py holds us to it); none flows into teacher or critic. sigma is [B] or [B, T]; `guidance` is
     anchored at the unconditional prediction. Returns the loss and what to log.
     """
     mask = everywhere(x0, mask)

@@ -73,12 +73,15 @@ def draw_sigma(shape, k, low=0.0, high=1.0, device="cpu"):
     return shift(unshift(low, k) + (unshift(high, k) - unshift(low, k)) * u, k)
 
 
-def masked_mean(x, mask=None):
-    """Mean of `x` [B, C, T, H, W] over the frames where `mask` [B, T] is true."""
-    if mask is None:
-        return x.mean()
+def per_sample(x, mask):
+    """Mean of x [B, C, T, H, W] over each sample's own frames of `mask` [B, T]: [B]."""
     m = mask[:, None, :, None, None].to(x.dtype)
-    return (x * m).sum() / (m.sum() * x[0, :, 0].numel())
+    return (x * m).sum((1, 2, 3, 4)) / (m.sum((1, 2, 3, 4)) * x[0, :, 0].numel())
+
+
+def masked_mean(x, mask=None):
+    """Mean over samples of `per_sample`: that of a batch is the mean of those of its parts, whatever their masks."""
+    return x.mean() if mask is None else per_sample(x, mask).mean()
 
 
 def flow_loss(v, x0, noise, mask=None):

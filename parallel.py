@@ -48,7 +48,10 @@ def checkpoint_blocks(model, keep_attention=True):
 
 def compile_blocks(model, **options):
     """Compile each transformer block in place; all share one compilation per shape, for any number of memory tokens.
-    What stays eager is small."""
+    What stays eager is small. Inductor's mix-order reductions stay off: from torch 2.10 on they may leave gradients of
+    modulation unwritten, without a word (pytorch issue 193061)."""
+    from torch._inductor import config
+    config.triton.mix_order_reduction = False
     limit = torch._dynamo.config.recompile_limit        # window lengths x with and without gradient x adapters at work
     torch._dynamo.config.recompile_limit = max(64, limit)
     for block in getattr(model, model.block_list):

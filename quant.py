@@ -193,16 +193,18 @@ def full_precision(model):
 # ---- Losses of quantization-aware training ---------------------------------------------------------------------------
 
 def self_distillation(v_student, v_teacher, sigma, flow=1.0, x0=0.25, mask=None):
-    """L = mean((flow + x0 sigma^2) d^2) / mean(v_teacher^2), d = v_student - v_teacher: squared error on v and on x0.
+    """L = sum((flow + x0 sigma^2) d^2) / sum(v_teacher^2), d = v_student - v_teacher: squared error on v and on x0, of
+    each sample, then their mean.
 
     The teacher is the same network under `full_precision`, at the same x_t and sigma ([B] or [B, T]); velocities are
     [B, C, T, H, W], and only the frames of `mask` [B, T] count. Returns the loss and what to log, SNR in dB included.
     """
     m = 1.0 if mask is None else mask[:, None, :, None, None].float()
     v_teacher, s = v_teacher.detach().float(), sigma.reshape(len(sigma), 1, -1, 1, 1).float()
-    d2, power = m * (v_student.float() - v_teacher).square(), (m * v_teacher.square()).sum().clamp_min(1e-12)
-    loss = ((flow + x0 * s.square()) * d2).sum() / power
-    snr = -10 * torch.log10((d2.detach().sum() / power).clamp_min(1e-12))
+    total = lambda x: (m * x).flatten(1).sum(1)                                         # [B]
+    d2, power = (v_student.float() - v_teacher).square(), total(v_teacher.square()).clamp_min(1e-12)
+    loss = (total((flow + x0 * s.square()) * d2) / power).mean()
+    snr = -10 * torch.log10((total(d2.detach()).sum() / power.sum()).clamp_min(1e-12))
     return loss, {"quant": loss.detach(), "quant_snr": snr}
 
 
@@ -215,7 +217,7 @@ def softmax_distillation(v_student, v_teacher, x_t, sigma, flow=1.0, x0=0.25, ma
     s, loss = sigma.reshape(len(sigma), 1, -1, 1, 1), 0.0
     for weight, student, teacher in ((flow, v_student, v_teacher), (x0, x_t - s * v_student, x_t - s * v_teacher)):
         p, q = (F.log_softmax(y.float(), 1) for y in (teacher.detach(), student))
-        loss = loss + weight * ((p.exp() * (p - q)).sum(1) * m).sum() / m.sum()
+        loss = loss + weight * (((p.exp() * (p - q)).sum(1) * m).flatten(1).sum(1) / m.flatten(1).sum(1)).mean()
     return loss, {"quant": loss.detach()}
 
 

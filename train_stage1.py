@@ -96,6 +96,8 @@ class Config:
                  "the --drop shares are at most 1 together, --ema is below 1, --warmup is not negative"),
                 (self.cuda_graphs and (self.history or self.sequence > 1 or not graphs),
                  "--cuda_graphs needs --compile, a GPU and a network that fits one; no HunyuanVideo, no --history"),
+                (self.cuda_graphs and self.accumulate > 1,
+                 "--cuda_graphs leave gradients where the next batch would overwrite them: not with --accumulate"),
                 (self.past < 0 or bool(self.past) != bool(self.history),
                  f"--history is learned behind --past frames, such as 400; got '{self.history}' and {self.past}"),
                 (self.frames < 2 * spec.chunk, f"--frames must hold two chunks of {spec.chunk}, got {self.frames}")):

@@ -67,3 +67,11 @@ def test_the_loss_counts_only_masked_frames():
     v = torch.where(mask[:, None, :, None, None], v + 2.0, v + 1e6)
     assert flow.flow_loss(v, x0, noise, mask).item() == pytest.approx(4.0, rel=1e-5)
     assert flow.flow_loss(flow.velocity(x0, noise) - 3.0, x0, noise).item() == pytest.approx(9.0, rel=1e-5)
+
+
+def test_a_batch_is_the_mean_of_its_parts_whatever_their_masks():
+    """Hence DDP on two halves and accumulation give the gradient of the whole batch."""
+    mask, v = torch.tensor([[False, False, False, True], [True, True, True, True]]), torch.randn_like(x0)
+    loss = lambda part: flow.flow_loss(v[part], x0[part], noise[part], mask[part])
+    assert loss(slice(0, 1)) != pytest.approx(loss(slice(1, 2)).item(), rel=1e-2)
+    assert loss(slice(None)).item() == pytest.approx((loss(slice(0, 1)) + loss(slice(1, 2))).item() / 2, rel=1e-6)

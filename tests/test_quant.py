@@ -636,13 +636,21 @@ def test_full_precision_is_exact_and_ends_with_an_exception():
         full_precision(packed).__enter__()
 
 
+@pytest.mark.parametrize("loss", [self_distillation, lambda a, b, s, mask: softmax_distillation(a, b, 3 * b, s, mask=mask)])
+def test_losses_of_a_batch_are_the_mean_of_those_of_its_parts(loss):
+    a, b, mask = randn(2, 4, 3, 5, 6, seed=1), randn(2, 4, 3, 5, 6, seed=2), torch.tensor([[False, False, True], [True] * 3])
+    a, b = a * torch.tensor([1.0, 3.0]).view(2, 1, 1, 1, 1), b * torch.tensor([2.0, 1.0]).view(2, 1, 1, 1, 1)
+    of = lambda part: loss(a[part], b[part], torch.tensor([0.3, 0.9])[part], mask=mask[part])[0].item()
+    assert of(slice(None)) == pytest.approx((of(slice(0, 1)) + of(slice(1, 2))) / 2, rel=1e-5)
+
+
 def test_self_distillation_sees_a_tint_and_moves_the_student_only():
     v, x_t, sigma = randn(2, 4, 3, 5, 6), randn(2, 4, 3, 5, 6, seed=1), torch.tensor([[0.2, 0.5, 1.0], [0.0, 0.3, 0.9]])
     student, teacher = (v + 2).requires_grad_(), v.clone().requires_grad_()
     loss, stats = self_distillation(student, teacher, sigma)
-    power = v.square().mean()
-    torch.testing.assert_close(loss, (4 * (1 + 0.25 * sigma.square())).mean() / power)
-    torch.testing.assert_close(stats["quant_snr"], -10 * torch.log10(4 / power))
+    power = v.square().mean((1, 2, 3, 4))                                               # of each sample
+    torch.testing.assert_close(loss, ((4 * (1 + 0.25 * sigma.square())).mean(1) / power).mean())
+    torch.testing.assert_close(stats["quant_snr"], -10 * torch.log10(4 / power.mean()))
     loss.backward()
     assert student.grad.abs().sum() > 0 and teacher.grad is None
     assert self_distillation(v, v, sigma)[0] == 0

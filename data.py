@@ -10,6 +10,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch.nn.utils.rnn import pad_sequence
 
 import world
@@ -143,6 +144,15 @@ class ShardStream:
             if shard[what] != ours:
                 raise ValueError(f"{folder}/{shard['file']} was made with {what} [{shard[what]}], this run has "
                                  f"[{ours}]; encode the videos again, or train what they were encoded for")
+        alike = {}                                          # what all clips share, and the first file that has it
+        for shard in self.shards:
+            with safe_open(self.folder / shard["file"], "numpy") as file:
+                _, _, *size = file.get_slice("0.x0").get_shape() if shard["clips"] else (0, 0)
+            for what, ours in ("fps", shard["fps"]), ("latent size", size):
+                theirs, first = alike.setdefault(what, (ours, shard["file"])) if ours else (ours, None)
+                if theirs != ours:
+                    raise ValueError(f"{folder}/{shard['file']} has {what} {ours}, {first} has {theirs}: train on them "
+                                     "one after another, from folders of their own")
         self.clips = [(s, i, clip) for s, shard in enumerate(self.shards) for i, clip in enumerate(shard["clips"])
                       if clip["split"] == split]
         if not self.clips:

@@ -115,8 +115,8 @@ class Discriminator:
 
 
 def frame_mean(y, mask):
-    """Mean of y [B, T] over the frames of `mask`."""
-    return (y * mask).sum() / mask.sum()
+    """Mean over samples of that of y [B, T] over the frames of `mask`."""
+    return ((y * mask).sum(1) / mask.sum(1)).mean()
 
 
 def gan_student_loss(logits, x0, cond, sigma, mask=None):

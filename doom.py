@@ -9,6 +9,8 @@ cameras, step and angle are those of the tiny world: all that its codec and its 
 maps, so that the hold-out is by walk, as in the tiny world, and not by map.
 """
 
+import signal
+import sys
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -44,6 +46,8 @@ class Config:
 
     def __post_init__(self):
         require_positive(self, "walks", "frames", "shard", "workers")
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"--held_out is a share, 0 <= share < 1, got {self.held_out}")
 
 
 def walk(walker, seed, frames):
@@ -73,6 +77,7 @@ def record(walker, seed, frames):
 
 def maker(cfg, device):
     """A process's function (path, items) that makes a shard of the walks (number, map)."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))        # or the games would go on alone
     coder, walkers = codec("tiny", device), {}
 
     def make(path, items):

@@ -79,11 +79,31 @@ def scan(root):
     return items
 
 
+def rows_of(metadata):
+    """The rows of a .csv, the lines of a .jsonl or the entries of a .json, as dicts; ValueError names one that is not."""
+    with open(metadata, newline="") as file:
+        if metadata.suffix == ".csv":
+            return [*csv.DictReader(file)]
+        texts, rows = [file.read()] if metadata.suffix == ".json" else [s for s in file if s.strip()], []
+    for number, text in enumerate(texts, 1):
+        try:
+            rows.append(json.loads(text))
+        except ValueError as error:
+            raise ValueError(f"{metadata}, row {number}: {error}") from None
+    rows = rows[0] if metadata.suffix == ".json" else rows
+    if not isinstance(rows, list):
+        raise ValueError(f"{metadata} is not a JSON list with an entry for each video")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise ValueError(f"{metadata}, row {number} is not a JSON object")
+    return rows
+
+
 def from_list(root, metadata):
     """BiWM's layout: entry i of a JSON list is the folder `<i, six digits>_*` with gen.mp4 (or poses.npy as well)."""
     folders = {path.name[:6]: path for path in sorted(root.iterdir()) if re.match(r"\d{6}_", path.name)}
     items = []
-    for i, entry in enumerate(json.loads(metadata.read_text())):
+    for i, entry in enumerate(rows_of(metadata)):
         folder = folders.get(f"{i:06d}", root / f"{i:06d}_")
         poses = folder / "poses.npy"
         items.append(Item(f"{i:06d}", folder / "gen.mp4", str(entry.get("source_folder") or f"{i:06d}"),
@@ -94,15 +114,15 @@ def from_list(root, metadata):
 
 def from_table(root, metadata):
     """Rows of csv or jsonl with the COLUMNS; files are relative to --videos."""
-    with open(metadata, newline="") as file:
-        rows = list(csv.DictReader(file)) if metadata.suffix == ".csv" else [json.loads(s) for s in file if s.strip()]
     items = []
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(rows_of(metadata), 1):
         row = {key: value for key, value in row.items() if value not in ("", None)}
         if "video" not in row or {*row} - {*COLUMNS}:
             raise ValueError(f"{metadata}, row {number}: the columns are {', '.join(COLUMNS)}, video must be there; "
                              f"got {', '.join(map(str, row))}")
         label = row.get("action_label")
+        if label is not None and not str(label).isdecimal():
+            raise ValueError(f"{metadata}, row {number}: action_label is a number, got '{label}'")
         items.append(Item(row["video"], root / row["video"], row.get("scene", row["video"]), row.get("caption", ""),
                           row.get("action_frames") if label is None else int(label),
                           root / row["cameras"] if "cameras" in row else None))

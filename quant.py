@@ -193,8 +193,7 @@ def full_precision(model):
 # ---- Losses of quantization-aware training ---------------------------------------------------------------------------
 
 def self_distillation(v_student, v_teacher, sigma, flow=1.0, x0=0.25, mask=None):
-    """L = sum((flow + x0 sigma^2) d^2) / sum(v_teacher^2), d = v_student - v_teacher: squared error on v and on x0, of
-    each sample, then their mean.
+    """Mean over samples of sum((flow + x0 sigma^2) d^2) / sum(v_teacher^2), d = v_student - v_teacher: on v and on x0.
 
     The teacher is the same network under `full_precision`, at the same x_t and sigma ([B] or [B, T]); velocities are
     [B, C, T, H, W], and only the frames of `mask` [B, T] count. Returns the loss and what to log, SNR in dB included.

@@ -94,10 +94,8 @@ class Config:
                  "--save_trained needs --train control, and an --init that fits without --init_partial"),
                 (self.drop + self.drop_text + self.drop_actions > 1 or self.ema == 1 or self.warmup < 0,
                  "the --drop shares are at most 1 together, --ema is below 1, --warmup is not negative"),
-                (self.cuda_graphs and (self.history or self.sequence > 1 or not graphs),
-                 "--cuda_graphs needs --compile, a GPU and a network that fits one; no HunyuanVideo, no --history"),
-                (self.cuda_graphs and self.accumulate > 1,
-                 "--cuda_graphs leave gradients where the next batch would overwrite them: not with --accumulate"),
+                (self.cuda_graphs and (self.history or self.sequence > 1 or self.accumulate > 1 or not graphs),
+                 "--cuda_graphs needs --compile, a GPU and one that fits it; no HunyuanVideo, --history, --accumulate"),
                 (self.past < 0 or bool(self.past) != bool(self.history),
                  f"--history is learned behind --past frames, such as 400; got '{self.history}' and {self.past}"),
                 (self.frames < 2 * spec.chunk, f"--frames must hold two chunks of {spec.chunk}, got {self.frames}")):

@@ -216,6 +216,17 @@ def test_labels_from_cameras_are_those_of_the_walk_at_the_rate_asked_for(tmp_pat
         torch.testing.assert_close(cameras, true.float(), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("name, text, words", [
+    ("a.json", "{}", "is not a JSON list"), ("a.json", "[1]", "row 1 is not a JSON object"), ("a.json", "[", "row 1: "),
+    ("a.jsonl", '{"video": "a.mp4"}\n{"video"', "row 2: "), ("a.jsonl", '{"video": "a.mp4"}\n[]', "row 2 is not a JSON object"),
+    ("a.csv", "video,action_label\na.mp4,forward\n", "row 1: action_label is a number, got 'forward'"),
+    ("a.csv", "video,colour\na.mp4,red\n", "row 1: the columns are")])
+def test_a_wrong_row_is_named(tmp_path, name, text, words):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=f"{name}.*{words}"):
+        footage.find(str(tmp_path), str(tmp_path / name))
+
+
 def test_lists_of_videos(tmp_path):
     """BiWM's list, csv and jsonl say caption and actions of every video; a wrong row is named."""
     clips = tmp_path / "clips"

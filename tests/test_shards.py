@@ -134,6 +134,18 @@ def test_shards_of_other_codecs_and_labels_are_refused_by_name(folder, tmp_path,
         stream(folder)
 
 
+@pytest.mark.parametrize("fields, words", [(dict(fps=30), r"has fps 30, shard-00000.safetensors has 8"),
+                                           (dict(size=(6, 12)), r"has latent size \[6, 12\], .* has \[8, 12\]")])
+def test_shards_of_other_rates_and_sizes_are_refused_together(tmp_path, fields, words):
+    mixed = make(tmp_path / "a", [recording(0)])
+    other, size = recording(1), fields.pop("size", (8, 12))
+    other = replace(other, x0=other.x0[:, :, :size[0], :size[1]])
+    shutil.copy(make(tmp_path / "b", [other], **fields) / "shard-00000.safetensors", mixed / "shard-00001.safetensors")
+    write_index(mixed, 0)
+    with pytest.raises(ValueError, match=f"shard-00001.safetensors {words}"):
+        stream(mixed)
+
+
 def test_the_fingerprint_follows_the_scale_of_the_latents(monkeypatch):
     import encode
     before = codec("tiny").fingerprint()

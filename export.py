@@ -50,6 +50,8 @@ def export(cfg):
     if not (facts := Path(cfg.run) / "config.json").exists():
         raise OSError(f"{cfg.run} is no run folder: it has no config.json")
     facts = json.loads(facts.read_text())
+    if facts["stage"] not in (1, 2):
+        raise ValueError(f"{cfg.run} is a run of {facts['stage']}, whose .safetensors are all it has to give")
     settings, result = facts["settings"], {1: "teacher", 2: "student"}[facts["stage"]]
     what = result if cfg.what == "result" else cfg.what
     if what != result and (what, facts["stage"]) != ("critic", 2):

@@ -29,6 +29,12 @@ def to_fp8(x):
 rounded = fused(to_fp8)
 
 
+def dequantized(x):
+    """What 8 bits make of x [M, K], in fp32."""
+    q, scale = to_fp8(x)
+    return q.float() * scale
+
+
 def reference(a, s, b, t, bias=None):
     """What `product` is, of the dequantised operands in fp32; rounded to bf16 once."""
     with torch.autocast(a.device.type, enabled=False):

@@ -83,6 +83,18 @@ def within(model, function, *args):
             part.reshard()
 
 
+def check_layout(W, shard="ddp", replicas=1, sequence=1):
+    """ValueError when W processes cannot be divided so."""
+    wrong = [(shard not in ("none", "ddp", "fsdp"), f"--shard is none, ddp or fsdp, got '{shard}'"),
+             (shard == "none" and W > 1, f"--shard none is for one process, not {W}; choose ddp or fsdp"),
+             (replicas > 1 and shard != "fsdp", "--replicas are copies of sharded weights: add --shard fsdp")]
+    wrong += [(n < 1 or W % n, f"--{name} {n} does not divide the number of processes, {W}")
+              for name, n in (("replicas", replicas), ("sequence", sequence))]
+    for bad, message in wrong:
+        if bad:
+            raise ValueError(message)
+
+
 class Layout:
     """How the W processes of a run share its weights and clips. ValueError when W cannot be divided so.
 
@@ -93,14 +105,7 @@ class Layout:
 
     def __init__(self, device, shard="ddp", replicas=1, sequence=1):
         W, self.mesh, self.group = world_size(), None, None
-        wrong = [(shard not in ("none", "ddp", "fsdp"), f"--shard is none, ddp or fsdp, got '{shard}'"),
-                 (shard == "none" and W > 1, f"--shard none is for one process, not {W}; choose ddp or fsdp"),
-                 (replicas > 1 and shard != "fsdp", "--replicas are copies of sharded weights: add --shard fsdp")]
-        wrong += [(n < 1 or W % n, f"--{name} {n} does not divide the number of processes, {W}")
-                  for name, n in (("replicas", replicas), ("sequence", sequence))]
-        for bad, message in wrong:
-            if bad:
-                raise ValueError(message)
+        check_layout(W, shard, replicas, sequence)
         from torch.distributed.device_mesh import init_device_mesh
         if shard == "fsdp" and W > 1:
             sizes, names = ((replicas, W // replicas), ("replicas", "shards")) if replicas > 1 else ((W,), ("shards",))

@@ -21,6 +21,7 @@ from common import require_positive
 from dmd import Head
 from lora import Adapters
 from model import build, preset
+from parallel import check_layout
 from tally import Job, stage1_calls, stage2_calls, work
 
 SHOWN = "H200"                                              # whose seconds the table has by kind
@@ -161,12 +162,15 @@ def show(stage, cfg, spec, gpus, frames, **layout):
 
 def dry_run(stage, cfg, draw_frames=None):
     """What --dry-run of a training script prints: its settings, and their plan on the processes of torchrun."""
+    settings, gpus = vars(cfg), int(os.environ.get("WORLD_SIZE", 1))
+    check_layout(gpus, cfg.shard, cfg.replicas, cfg.sequence)
     if int(os.environ.get("RANK", 0)) == 0:
-        settings, gpus = vars(cfg), int(os.environ.get("WORLD_SIZE", 1))
         print(*(f"--{name} {value}" for name, value in settings.items()), sep="\n")
         layout = {name: settings[name] for name in ("accumulate", "shard", "replicas", "sequence") if name in settings}
         spec = preset(cfg.backbone)
         show(stage, cfg, spec, gpus, lambda shared: draw_frames(cfg, spec.chunk, shared), **layout)
+        if settings.get("history"):
+            print(f"What --history {cfg.history} shows of a past, and its kernels, come on top.")
 
 
 @dataclass(frozen=True)

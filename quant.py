@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import fp8
+import weights
 from nvfp4 import BLOCK, EmulatedLinear, PackedLinear, QuantizedLinear, check, rounded, save
 from nvfp4 import dequantize, fake_quant, quantize  # noqa: F401, to be had from here
 
@@ -229,15 +230,13 @@ def snr(y, z):
 
 
 @torch.no_grad()
-def report(model, names, make, run):
-    """{name: {"weight": dB, "output": dB}} of linears that are still unquantized, each quantized by itself.
-
-    `make` is what `maker` returns; `run()` puts a calibration batch through the model. Weights are rounded to NVFP4.
-    """
+def report(model, names, make, run, to=rounded):
+    """{name: {"weight": dB, "output": dB}} of linears that are still unquantized, each quantized by itself: `make` is
+    what `maker` returns, `to` rounds a weight, `run()` puts a calibration batch through the model."""
     rows, hooks = {}, []
     for name in tqdm(names, "weights", disable=None, leave=False):
         layer = model.get_submodule(name)
-        rows[name] = {"weight": snr(layer.weight, rounded(layer.weight))}
+        rows[name] = {"weight": snr(layer.weight, to(layer.weight))}
 
         def measure(layer, args, y, row=rows[name]):
             row["output"] = snr(y, make(layer)(*args))
@@ -317,7 +316,7 @@ def main(cfg):
         model = load(cfg.backbone, cfg.checkpoint, device, torch.bfloat16).requires_grad_(False)
         names = choose(model, mode, keep, edge_blocks=cfg.edge_blocks)
     run, size = noise_run(model, cfg, device), lambda: sum(t.nbytes for t in model.state_dict().values())
-    rows, exact, before = report(model, names, make, run), run(), size()
+    rows, exact, before = report(model, names, make, run, fp8.dequantized if "fp8" in mode else rounded), run(), size()
     quantize_model(model, mode, keep, edge_blocks=cfg.edge_blocks, activations=cfg.activations)
     total, after = snr(exact, run()), size()
 
@@ -330,7 +329,7 @@ def main(cfg):
     print(f"{cfg.backbone}, {mode}: {len(names)} linears, {before / 1e9:.3f} -> {after / 1e9:.3f} GB in memory, "
           f"velocity {total:.2f} dB")
     if mode == "packed":
-        save(model, out, cfg.modelopt, backbone=cfg.backbone)
+        save(model, out, cfg.modelopt, **weights.header(cfg.checkpoint, model.spec))
     out.with_suffix(".json").write_text(json.dumps({"mode": mode, "velocity": total, "bytes": [before, after],
                                                     "layers": rows, **provenance()}, indent=1) + "\n")
     draw(rows, out.with_suffix(".png"), f"{cfg.backbone}, {mode}")

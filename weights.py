@@ -107,6 +107,13 @@ def headers(files, spec, official):
     return {name: where for name, where in (base | stored).items() if name is not None}
 
 
+def header(source, spec):
+    """Notes for a file of the weights of `source` in another form: what it says of itself, and its sha256."""
+    with safe_open(weight_files(source, spec)[0], "numpy") as reader:
+        notes = {name: note for name, note in (reader.metadata() or {}).items() if name not in ("base", "format")}
+    return {"backbone": spec.name, **notes, "made_from": fingerprint(source, spec)}
+
+
 def note(files, name):
     """The note `name` in the headers of `files`; None if there is none."""
     for file in files:

@@ -474,6 +474,10 @@ def test_weights_can_be_taken_out_at_any_time(small, monkeypatch):
         export.export(export.Config(str(small / "lora"), "x", "teacher"))
     with pytest.raises(OSError, match="no run folder"):
         export.export(export.Config(str(small), "x"))
+    (small / "causal").mkdir()
+    (small / "causal" / "config.json").write_text(json.dumps({"stage": "causal", "settings": {}}))
+    with pytest.raises(ValueError, match="is a run of causal, whose .safetensors are all it has"):
+        export.export(export.Config(str(small / "causal"), "x"))
 
 
 # ---- Disks and folders -----------------------------------------------------------------------------------------------

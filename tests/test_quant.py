@@ -21,11 +21,13 @@ from torch import nn
 import common
 import nvfp4
 import quant
+import weights
+from compress import Settings, attach
 from model import PRESETS, build, load
-from weights import save
 from nvfp4 import EmulatedLinear, PackedLinear, e2m1, e4m3
 from quant import (Unavailable, choose, dequantize, fake_quant, full_precision, quantize, quantize_model,
                    self_distillation, softmax_distillation, snr)
+from weights import save
 
 ROOT = Path(common.__file__).parent
 VALUES = [0, .5, 1, 1.5, 2, 3, 4, 6]                                                    # E2M1, in the order of codes
@@ -930,6 +932,20 @@ def test_the_command_packs_and_reports(tmp_path):
     assert out.with_suffix(".png").stat().st_size > 20_000 and out.stat().st_size < checkpoint.stat().st_size / 2
     model = load("tiny", out)
     assert sum(isinstance(m, PackedLinear) for m in model.modules()) == 70
+    with safe_open(out, "np") as file, safe_open(checkpoint, "np") as original:
+        notes, its = file.metadata(), original.metadata()
+    assert all(notes[name] == its[name] for name in ("stage", "parent", "actions", "config", "commit", "seed"))
+    assert notes["made_from"] == common.sha256(checkpoint) and notes["format"] == "nvfp4"
+
+
+def test_a_packed_checkpoint_keeps_its_compressor(tmp_path):
+    exact = load("tiny")
+    weights.save(attach(exact, Settings.of(exact.spec, "framepack")), tmp_path / "in.safetensors")
+    quant.main(quant.Config(str(tmp_path / "in.safetensors"), str(tmp_path / "out.safetensors"), frames=1))
+    packed = load("tiny", tmp_path / "out.safetensors").compress
+    assert packed.settings == exact.compress.settings
+    for key, value in packed.state_dict().items():
+        assert torch.equal(value.float(), exact.compress.state_dict()[key].bfloat16().float())
 
 
 def test_a_layer_that_does_not_fit_the_format_is_flagged(tmp_path, capsys, monkeypatch):

@@ -284,7 +284,7 @@ class Attention(nn.Module):
 
     def forward(self, x, context, sentences=None):                                      # [B, N, D], [B, S, D]
         q, (k, v) = split(self.norm_q(self.q(x)), self.heads), self.heard(context)
-        y = inject.hear(q.to(v.dtype), k, v, sentences, self.keys, attention)           # [B, heads, N, d]
+        y = inject.hear(q.to(v.dtype), k, v, sentences, self.heard, attention)          # [B, heads, N, d]
         return self.o(rearrange(y, "b h n d -> b n (h d)"))
 
     def heard(self, context):
@@ -345,7 +345,8 @@ class WanHead(nn.Module):
 class Wan(Backbone):
     """Wan2.1-T2V-1.3B, Wan2.2-TI2V-5B and the embedded world's tiny and small: one architecture.
 
-    text: {"text": [B, <= text_len, text_dim]}; `heard` adds the keys and values of each block.
+    text: {"text": [B, <= text_len, text_dim]}; `heard` adds the keys and values of each block, and of what is `said`
+    of cameras.
     """
 
     block_list = "blocks"
@@ -383,20 +384,27 @@ class Wan(Backbone):
         return rotary(centres, axes, 10000, torch.float64)
 
     def prepare(self, text, signal, B):
-        said = signal.sentences and signal.sentences.embed(self.text_embedding)
+        said = signal.sentences
+        if said:
+            said = said._replace(states=PerBlock(text["said"])) if "said" in text else said.embed(self.text_embedding)
         own = PerBlock(text["heard"]) if "heard" in text else self.embed_text(text["text"])         # [B, S, D]
         return own, signal._replace(sentences=said)
 
     @torch.no_grad()
     def heard(self, text):
-        states = self.embed_text(text["text"])
-        return {**text, "heard": tuple(block.cross_attn.heard(states) for block in self.blocks)}
+        made = {"heard": self.embed_text(text["text"])}
+        if self.control is not None and "text" in self.control.kinds:
+            made["said"] = self.text_embedding(self.control.sentences)
+        return text | {name: tuple(block.cross_attn.heard(x) for block in self.blocks) for name, x in made.items()}
 
     def tell(self, x, sigma, text, signal):
         with torch.autocast(x.device.type, enabled=False):                           # the time path is never below fp32
             e = self.time_embedding(sinusoid(1000 * sigma.double(), self.spec.freq_dim, torch.float64)) + signal.time
             e6 = self.time_projection(e).unflatten(-1, (6, self.spec.dim))              # [B, T, 6, D] of e [B, T, D]
-        return x.float() + signal.tokens, e, (e6, text, signal.sentences)               # the residual stream is fp32
+        said = signal.sentences
+        if said and isinstance(said.states, PerBlock):
+            said = PerBlock(said._replace(states=states) for states in said.states)
+        return x.float() + signal.tokens, e, (e6, text, said)                           # the residual stream is fp32
 
     def leave(self, x, e, H):
         _, q, r = self.spec.patch

@@ -92,6 +92,18 @@ def test_without_its_camera_sentence_text_is_the_plain_model(name):
     assert (told - silent).abs().mean() > 1e-3
 
 
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
+@torch.no_grad()
+def test_keys_of_sentences_are_made_once_a_rollout(half):
+    model, (x, sigma, text), control = random_model("wan2.1-1.3b", "adaln+text")
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        told, heard, made = model(x, sigma, text, control), model.heard(text), []
+        for block in model.blocks:
+            block.cross_attn.k.register_forward_hook(lambda *call: made.append(call))
+        assert torch.equal(model(x, sigma, heard, control), told) and not made
+        assert torch.equal(model(x, sigma, heard), model(x, sigma, text))
+
+
 @each
 @pytest.mark.parametrize("kind", KINDS)
 def test_after_one_step_every_control_tensor_has_a_gradient(name, kind):

@@ -218,7 +218,7 @@ def test_stage_2_interrupted_twice_ends_with_the_bits_of_a_whole_run(small, monk
 
 @pytest.mark.parametrize("flags", [(), pytest.param(("--train", "control"), marks=pytest.mark.slow)], ids=["", "part"])
 def test_stage_1_interrupted_twice_ends_with_the_bits_of_a_whole_run(small, monkeypatch, flags):
-    flags = [*flags, "--init", small / "teacher.safetensors"]
+    flags = [*flags, "--init", small / "teacher.safetensors", "--accumulate", 2]
     train(one, small / "whole", *flags)
     for call, how, error in ((1, send(signal.SIGINT), SystemExit), (3, power_cut, KeyboardInterrupt)):
         with interrupted(monkeypatch, one, "stage1_loss", call, how), pytest.raises(error):

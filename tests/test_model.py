@@ -93,6 +93,31 @@ def test_time_positions_are_relative_unbounded_and_fractional(pair):
     assert not torch.allclose(ours(x, sigma, {"text": text}, frames=2.0 * f), base, atol=1e-3)
 
 
+@torch.no_grad()
+def test_bf16_is_as_exact_as_the_official_precision():
+    """Eight layers under autocast: the official flow, with its fp32 residual stream and time path, is 0.39 % off on a
+    random model; diffusers' bf16, whose stream is bf16, 0.7 to 0.9 %."""
+    diffusers = pytest.importorskip("diffusers")
+    ours = random_model(dim=256, ffn=1024, layers=8)
+    for p in ours.parameters():
+        p.data = (p * (0.5 if p.ndim > 1 else 1)).bfloat16().float()                    # both flows start from bf16
+    theirs = diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=4, attention_head_dim=64, text_dim=24, freq_dim=32, ffn_dim=1024,
+        num_layers=8, cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=1e-6, rope_max_seq_len=1024).eval()
+    theirs.load_state_dict({to_diffusers(k): v for k, v in ours.state_dict().items()}, strict=True)
+    for key, p in theirs.named_parameters():
+        if not any(part in key for part in theirs._keep_in_fp32_modules):
+            p.data = p.bfloat16()
+    x, text = torch.randn(1, 16, 3, 8, 12).bfloat16(), torch.randn(1, 512, 24).bfloat16()
+    run = lambda: ours(x.float(), torch.full((1, 3), 0.7), {"text": text.float()})
+    exact = run()
+    with torch.autocast("cpu", torch.bfloat16):
+        half = run()
+    official = theirs(x, torch.tensor([700.0]), text, return_dict=False)[0]
+    error, bound = ((y.float() - exact).norm() / exact.norm() for y in (half, official))
+    assert half.dtype == torch.float32 and 0 < error < 1.2 * 0.0039 and error < 0.6 * bound
+
+
 @pytest.mark.parametrize("name, count, keys", [("wan2.1-1.3b", 1_418_996_800, 825), ("wan2.2-5b", 4_999_787_712, 825)])
 def test_official_sizes(name, count, keys):
     with torch.device("meta"):

@@ -165,6 +165,8 @@ def test_each_ten_seconds_is_measured_by_itself(monkeypatch):
     assert {name: late[name] for name in cut if name != "frechet"} == {k: v for k, v in cut.items() if k != "frechet"}
     seen = probe.read(truth), probe.read(truth)                                         # what is told is believed
     assert m.drift(video, truth, trips, probe, seen)["2-4 s"]["frechet"][0] < 1e-6
+    assert m.measure(dark := truth // 2, truth, trips, probe, seen)["frechet"][0] < 1e-6
+    assert m.measure(dark, truth, trips, probe)["frechet"][0] > 0.01
 
 
 def test_revisits_are_earlier_frames_of_the_same_pose():

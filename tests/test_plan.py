@@ -405,8 +405,9 @@ def test_other_ranks_keep_quiet_and_bad_settings_end_as_ever(monkeypatch, capsys
     with pytest.raises(SystemExit) as stop:
         common.parse(one.Config, ["--dry-run", "--steps", "0"], dry_run=dry)
     for flags in (["--replicas", "3"], ["--sequence", "4"], ["--shard", "foo"]):        # as the run itself would
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit) as stop:
             common.parse(one.Config, ["--dry-run", *flags], dry_run=dry)
+        assert stop.value.code == 2
     assert stop.value.code == 2 and "--steps must be above 0" in capsys.readouterr().err
 
 

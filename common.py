@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn                 # early: read later, its defaults would hold a group and its threads for ever
+import torch.distributed.nn                 # early: read later, its defaults would hold a group and its threads
 
 ROOT = Path(__file__).parent
 

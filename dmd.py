@@ -51,8 +51,8 @@ def dmd_loss(teacher, critic, x0, cond, null, sigma, guidance, mask=None):
     """Distribution matching (DMD, Eq. 7 and 8) as a loss on generated x0 [B, C, T, H, W].
 
     The gradient of the loss with respect to x0 is `dmd_gradient` divided by the number of elements inside a sample's
-    `mask` and by B (tests/test_dmd.py holds us to it); none flows into teacher or critic. sigma is [B] or [B, T]; `guidance` is
-    anchored at the unconditional prediction. Returns the loss and what to log.
+    `mask` and by B (tests/test_dmd.py holds us to it); none flows into teacher or critic. sigma is [B] or [B, T];
+    `guidance` is anchored at the unconditional prediction. Returns the loss and what to log.
     """
     mask = everywhere(x0, mask)
     sigma = on_frames(sigma, mask)

@@ -80,7 +80,7 @@ def scan(root):
 
 
 def rows_of(metadata):
-    """The rows of a .csv, the lines of a .jsonl or the entries of a .json, as dicts; ValueError names one that is not."""
+    """The rows of a .csv, the lines of a .jsonl or the entries of a .json as dicts; ValueError names what is none."""
     with open(metadata, newline="") as file:
         if metadata.suffix == ".csv":
             return [*csv.DictReader(file)]

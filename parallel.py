@@ -72,9 +72,10 @@ def announce(groups, layers):
 # ---- Layout ----------------------------------------------------------------------------------------------------------
 
 def within(model, function, *args):
-    """`Backbone.within` of sharded weights: those of the first block and of the compressor are gathered too."""
+    """`Backbone.within` of sharded weights: those of the first block and of the compressor are gathered too, anew."""
     parts = [getattr(model, model.block_list)[0], *[model.compress] * hasattr(model.compress, "unshard")]
     for part in parts:
+        part.reshard()
         part.unshard()
     try:
         return function(*args)
@@ -135,6 +136,8 @@ class Layout:
             self.keep(model, ignored_params=own)
             model.within = MethodType(within, model)
             register_fsdp_forward_method(model, "within")
+            gathered = model.within
+            model.within = lambda *args: (model.reshard(), gathered(*args))[1]          # anew, as for a forward pass
         return model
 
     def keep(self, module, **options):

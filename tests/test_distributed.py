@@ -332,7 +332,8 @@ def a_compressor_in_shards_learns_like_a_copy():
         spread.place(net)
         spread.place_history(history.configure(net, "" if before else kind, attention))
         net.compress.settings = replace(net.compress.settings, top=2)
-        optimizer, ema = torch.optim.AdamW(net.parameters(), 1e-2), EMA(net, 0.5)
+        parameters = [*net.parameters()]
+        optimizer, ema = torch.optim.AdamW(parameters, 1e-2), EMA(net, 0.5)
         g, seen = torch.Generator().manual_seed(rank()), []
         noise = lambda shape: torch.randn(shape, generator=g)
         latents = noise((1, net.spec.channels, 48, 4, 6))
@@ -345,6 +346,14 @@ def a_compressor_in_shards_learns_like_a_copy():
             made.square().mean().backward()
             seen += [made.detach(), descend(optimizer, 1.0)]
             ema.update(net)
+        with torch.no_grad():                                               # weights change behind a pass without backward
+            for factor in (1.0, 0.9):
+                for p in parameters:
+                    p.mul_(factor)
+                past = history.History(latents[:, :, :0], 8, net)
+                past.append(latents)
+                seen.append(rollout.chunks(velocity_of(net), told, past, 52, [1.0, 0.5, 0.0], 4, noise, rollout.few_step,
+                                           lambda n: {}, past.begin())[0])
         return seen, {key: on_host(value) for key, value in ema.average.items()}
 
     for kind, attention, before in (("framepack", "joint", False), ("framepack", "self", True),
